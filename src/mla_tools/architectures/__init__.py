@@ -1,0 +1,65 @@
+"""The families: which config belongs to which table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mla_tools.architectures import (
+    deepseek_v2,
+    deepseek_v3,
+    deepseek_v32,
+    glm4_moe_lite,
+    kimi_linear,
+    longcat_flash,
+)
+from mla_tools.architectures.blocks import Family
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.errors import CheckpointError, Problem
+from mla_tools.rules import Table
+
+__all__ = ["MODEL_TYPES", "Family", "family_of", "table_of"]
+
+# model_type in config.json -> family. A new architecture is a file beside this one and a line here.
+MODEL_TYPES: dict[str, Family] = {
+    "deepseek_v2": deepseek_v2.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
+    "deepseek_v32": deepseek_v32.FAMILY,
+    "glm4_moe_lite": glm4_moe_lite.FAMILY,
+    "kimi_k2": deepseek_v3.KIMI_K2,
+    "kimi_linear": kimi_linear.FAMILY,
+    "longcat_flash": longcat_flash.FAMILY,
+    "longcat_flash_ngram": longcat_flash.NGRAM,
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a config, by its model_type or, where it has none, its architectures.
+
+    Raises CheckpointError that lists the known ones.
+    """
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
+    named = config.get("architectures")
+    if model_type is None and isinstance(named, list):
+        for family in MODEL_TYPES.values():
+            if any(name in family.architectures for name in named):
+                return family
+    found = f"model_type {model_type!r}, architectures {named!r}"
+    raise CheckpointError(
+        [Problem("config.json", "this architecture is not known", f"one of {', '.join(MODEL_TYPES)}", found)]
+    )
+
+
+def table_of(config: Mapping[str, Any]) -> tuple[Family, Table]:
+    """Return the family of a config and its table with all numbers filled in.
+
+    Raises CheckpointError that lists every config key that is missing or absurd.
+    """
+    family = family_of(config)
+    geometry = Geometry({**(family.defaults or {}), **config})
+    rules, drops = family.build(geometry)
+    if geometry.problems:
+        raise CheckpointError(list(dict.fromkeys(geometry.problems)))
+    return family, Table(rules, drops)

@@ -1,0 +1,228 @@
+"""The pieces that the families share: MLA attention, experts, norms, embeddings, MTP layers.
+
+Names and shapes are those of the checkpoints on the hub (left) and of mlx-lm's classes (right).
+Axis letters: l layer, e expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mla_tools.architectures.geometry import OPEN, Geometry, label
+from mla_tools.ops import SplitKvB, Stack
+from mla_tools.quantization import QuantSpec
+from mla_tools.rules import Domain, Drop, Name, Param, Rule
+
+__all__ = [
+    "Family",
+    "decoder_norms",
+    "embeddings",
+    "experts",
+    "linear",
+    "mla_attention",
+    "mlp",
+    "mtp_layers",
+    "norm",
+    "param",
+    "rotary_buffers",
+    "router",
+]
+
+Where = Mapping[str, Domain]
+Shape = tuple[int, ...]
+
+# The routers that mlx-lm's classes quantize at a width of their own, whatever the rest gets.
+ROUTER_SPEC = QuantSpec("affine", 8, 64)
+
+
+class Builder(Protocol):
+    """Makes the rules and drops of a family for one config."""
+
+    def __call__(self, geometry: Geometry) -> tuple[list[Rule], list[Drop]]: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its table, what its config must say, and a tiny config for samples.
+
+    `model_type` names mlx-lm's class. `defaults` are keys that this class needs and that checkpoints
+    leave out, with the value that the reference implementation uses then. `architectures` recognise a
+    config without a model_type. `sample` is a config in the hub's spelling.
+    """
+
+    name: str
+    model_type: str
+    build: Builder
+    sample: Mapping[str, Any]
+    defaults: Mapping[str, Any] | None = None
+    architectures: tuple[str, ...] = ()
+
+
+def linear(name: str, shape: Shape, where: Where, target: str | None = None, *, bias: bool = False) -> list[Rule]:
+    """Return the rules of a linear layer or an embedding: a quantizable weight, maybe a bias."""
+    weight = _rule(name, shape, where, target, Param(quantizable=True))
+    if not bias:
+        return [weight]
+    # The bias is as long as the first axis of the weight.
+    moved = Rule((f"{name}.bias",), (f"{target or name}.bias",), (shape[:1],), where=where)
+    return [weight, moved]
+
+
+def norm(name: str, size: int, where: Where) -> Rule:
+    """Return the rule of a normalisation layer's gain."""
+    return _rule(name, (size,), where, None, Param())
+
+
+def param(name: str, shape: Shape, where: Where, target: str | None = None, *, cast: bool = True) -> Rule:
+    """Return the rule of a bare parameter, which has no ".weight" in its name."""
+    return Rule((name,), (target or name,), (shape,), where=where, param=Param(cast=cast))
+
+
+def _rule(name: str, shape: Shape, where: Where, target: str | None, what: Param) -> Rule:
+    return Rule((f"{name}.weight",), (f"{target or name}.weight",), (shape,), where=where, param=what)
+
+
+def embeddings(g: Geometry, *, words: str = "model.embed_tokens") -> list[Rule]:
+    """Return the rules of the token embedding, the final norm and the output head."""
+    vocab, hidden = g.dim("vocab_size"), g.dim("hidden_size")
+    return [
+        *linear("model.embed_tokens", (vocab, hidden), {}, words),
+        norm("model.norm", hidden, {}),
+        *linear("lm_head", (vocab, hidden), {}),
+    ]
+
+
+def decoder_norms(g: Geometry, where: Where, suffix: str = "") -> list[Rule]:
+    """Return the rules of the two norms of a decoder layer."""
+    hidden = g.dim("hidden_size")
+    return [
+        norm(f"model.layers.{{l}}.{name}{suffix}", hidden, where)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    ]
+
+
+def mla_attention(
+    g: Geometry, where: Where, prefix: str = "model.layers.{l}.self_attn", *, split: bool = True
+) -> list[Rule]:
+    """Return the rules of multi-head latent attention.
+
+    `split`: whether the class wants kv_b_proj as embed_q [h, r, n] and unembed_out [h, v, r].
+    Source of the shapes: the reference modelling code; with `q_lora_rank` null there is one q_proj.
+    """
+    hidden, heads = g.dim("hidden_size"), g.dim("num_attention_heads")
+    nope, rope, value = g.dim("qk_nope_head_dim"), g.dim("qk_rope_head_dim"), g.dim("v_head_dim")
+    rank, query_rank = g.dim("kv_lora_rank"), g.optional("q_lora_rank")
+    bias = g.flag("attention_bias")
+    rules = []
+    if query_rank is None:
+        rules += linear(f"{prefix}.q_proj", (heads * (nope + rope), hidden), where)
+    else:
+        rules += linear(f"{prefix}.q_a_proj", (query_rank, hidden), where, bias=bias)
+        rules.append(norm(f"{prefix}.q_a_layernorm", query_rank, where))
+        rules += linear(f"{prefix}.q_b_proj", (heads * (nope + rope), query_rank), where)
+    rules += linear(f"{prefix}.kv_a_proj_with_mqa", (rank + rope, hidden), where, bias=bias)
+    rules.append(norm(f"{prefix}.kv_a_layernorm", rank, where))
+    fused = (heads * (nope + value), rank)
+    if split:
+        rules.append(
+            Rule(
+                (f"{prefix}.kv_b_proj.weight",),
+                (f"{prefix}.embed_q.weight", f"{prefix}.unembed_out.weight"),
+                (fused,),
+                SplitKvB(nope, value),
+                where,
+                Param(quantizable=True),
+            )
+        )
+    else:
+        rules += linear(f"{prefix}.kv_b_proj", fused, where)
+    rules += linear(f"{prefix}.o_proj", (hidden, heads * value), where, bias=bias)
+    return rules
+
+
+def mlp(prefix: str, hidden: int, inner: int, where: Where, target: str | None = None) -> list[Rule]:
+    """Return the rules of a gated MLP."""
+    target = target or prefix
+    return [
+        *linear(f"{prefix}.gate_proj", (inner, hidden), where, f"{target}.gate_proj"),
+        *linear(f"{prefix}.up_proj", (inner, hidden), where, f"{target}.up_proj"),
+        *linear(f"{prefix}.down_proj", (hidden, inner), where, f"{target}.down_proj"),
+    ]
+
+
+def experts(
+    prefix: str,
+    target: str,
+    count: int,
+    hidden: int,
+    inner: int,
+    where: Where,
+    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+) -> list[Rule]:
+    """Return the rules that stack the experts of a layer; `names` are the checkpoint's for gate, up, down."""
+    where = {**where, "e": range(count)}
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    because = f"{label(count)} in config.json"
+    return [
+        Rule(
+            (f"{prefix}.{{e}}.{name}.weight",),
+            (f"{target}.{theirs}.weight",),
+            (shape,),
+            Stack(),
+            where,
+            Param(quantizable=True),
+            because=because,
+        )
+        for name, theirs, shape in zip(names, ("gate_proj", "up_proj", "down_proj"), shapes, strict=True)
+    ]
+
+
+def router(prefix: str, count: int, hidden: int, where: Where, *, correction: bool = True) -> list[Rule]:
+    """Return the rules of a router that mlx-lm keeps as a bare float parameter."""
+    rules = [_rule(prefix, (count, hidden), where, None, Param())]
+    if correction:
+        rules.append(param(f"{prefix}.e_score_correction_bias", (count,), where, cast=False))
+    return rules
+
+
+def mtp_layers(g: Geometry, layer: Iterable[Rule], *, key: str = "num_hidden_layers") -> list[Drop]:
+    """Return the drops of the multi-token-prediction layers, which lie beyond the last decoder layer.
+
+    `layer` are the rules of one decoder layer, in `{l}`; an MTP layer has all of these and more.
+    """
+    count = g.layers(key).stop
+    hidden, vocab = g.dim("hidden_size"), g.dim("vocab_size")
+    where = {"l": range(count, OPEN)}
+    reason = f"multi-token prediction, not part of the model's {count} layers ({key} in config.json)"
+    prefix = "model.layers.{l}"
+    own = {
+        "eh_proj": (hidden, hidden * 2),
+        "enorm": (hidden,),
+        "hnorm": (hidden,),
+        "shared_head.norm": (hidden,),
+        "shared_head.head": (vocab, hidden),
+        "embed_tokens": (vocab, hidden),
+    }
+    shapes = {f"{prefix}.{name}.weight": shape for name, shape in own.items()}
+    shapes |= {text: shape for rule in layer for text, shape in zip(rule.source, rule.shapes, strict=True)}
+    indices = {name: domain for rule in layer for name, domain in rule.where.items()}
+    return [
+        Drop(
+            text,
+            reason,
+            {index: where.get(index, indices.get(index, range(0))) for index in Name(text).indices},
+            shape,
+            marker=f"{prefix}.eh_proj.weight",
+        )
+        for text, shape in shapes.items()
+    ]
+
+
+def rotary_buffers(g: Geometry) -> list[Drop]:
+    """Return the drop of stored rotary frequencies, which every class computes itself."""
+    shape = (g.dim("qk_rope_head_dim") // 2,)
+    text = "model.layers.{l}.self_attn.rotary_emb.inv_freq"
+    return [Drop(text, "rotary buffer, computed from rope_theta", {"l": range(OPEN)}, shape)]
+

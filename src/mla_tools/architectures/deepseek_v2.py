@@ -1,0 +1,37 @@
+"""DeepSeek V2 and V2-Lite: mlx-lm's class keeps kv_b_proj whole; routers have no correction bias."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.rules import Drop, Rule
+
+__all__ = ["FAMILY"]
+
+
+def build(geometry: Geometry) -> tuple[list[Rule], list[Drop]]:
+    attention = partial(blocks.mla_attention, split=False)
+    return deepseek_v3.decoder(geometry, attention, correction=False, mtp=False)
+
+
+FAMILY = blocks.Family(
+    "deepseek_v2",
+    "deepseek_v2",
+    build,
+    {
+        **{k: v for k, v in deepseek_v3.SAMPLE.items() if k not in ("q_lora_rank", "num_nextn_predict_layers")},
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+    architectures=("DeepseekV2ForCausalLM",),
+)

@@ -1,0 +1,44 @@
+"""DeepSeek V3.2: V3 with an indexer that chooses the keys of each query."""
+
+from __future__ import annotations
+
+from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.rules import Drop, Rule
+
+__all__ = ["FAMILY"]
+
+
+def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of MLA with its indexer; the indexer's k_norm is a LayerNorm with a bias."""
+    prefix = "model.layers.{l}.self_attn.indexer"
+    hidden, query_rank = g.dim("hidden_size"), g.dim("q_lora_rank")
+    heads, size = g.dim("index_n_heads"), g.dim("index_head_dim")
+    return [
+        *blocks.mla_attention(g, where),
+        *blocks.linear(f"{prefix}.wq_b", (heads * size, query_rank), where),
+        *blocks.linear(f"{prefix}.wk", (size, hidden), where),
+        blocks.norm(f"{prefix}.k_norm", size, where),
+        blocks.param(f"{prefix}.k_norm.bias", (size,), where),
+        *blocks.linear(f"{prefix}.weights_proj", (heads, hidden), where),
+    ]
+
+
+def build(geometry: Geometry) -> tuple[list[Rule], list[Drop]]:
+    return deepseek_v3.decoder(geometry, attention)
+
+
+FAMILY = blocks.Family(
+    "deepseek_v32",
+    "deepseek_v32",
+    build,
+    {
+        **deepseek_v3.SAMPLE,
+        "model_type": "deepseek_v32",
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "index_head_dim": 64,
+        "index_n_heads": 4,
+        "index_topk": 2048,
+    },
+    architectures=("DeepseekV32ForCausalLM",),
+)

@@ -1,0 +1,140 @@
+"""Kimi Linear: layers of Kimi delta attention with an MLA layer (no rope, no query rank) now and then."""
+
+from __future__ import annotations
+
+from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.ops import SwapLastAxes
+from mla_tools.rules import Drop, Param, Rule
+
+__all__ = ["FAMILY"]
+
+
+def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of a KDA layer; its convolutions are [c, 1, k] in torch and [c, k, 1] in MLX."""
+    kda = g.section("linear_attn_config")
+    heads, size, kernel = kda.dim("num_heads"), kda.dim("head_dim"), kda.dim("short_conv_kernel_size", 4)
+    hidden, inner = g.dim("hidden_size"), heads * size
+    prefix = "model.layers.{l}.self_attn"
+    rules = []
+    for name in ("q", "k", "v"):
+        rules += blocks.linear(f"{prefix}.{name}_proj", (inner, hidden), where)
+        rules.append(
+            Rule(
+                (f"{prefix}.{name}_conv1d.weight",),
+                (f"{prefix}.{name}_conv.conv.weight",),
+                ((inner, 1, kernel),),
+                SwapLastAxes(),
+                where,
+                Param(),
+            )
+        )
+    for name in ("f", "g"):
+        rules += blocks.linear(f"{prefix}.{name}_a_proj", (size, hidden), where)
+        rules += blocks.linear(f"{prefix}.{name}_b_proj", (inner, size), where)
+    return [
+        *rules,
+        *blocks.linear(f"{prefix}.b_proj", (heads, hidden), where),
+        *blocks.linear(f"{prefix}.o_proj", (hidden, inner), where),
+        blocks.norm(f"{prefix}.o_norm", size, where),
+        blocks.param(f"{prefix}.A_log", (1, 1, heads, 1), where, cast=False),
+        blocks.param(f"{prefix}.dt_bias", (inner,), where, cast=False),
+    ]
+
+
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    layers, hidden, inner = g.layers(), g.dim("hidden_size"), g.dim("moe_intermediate_size")
+    # The lists count layers from 1.
+    kda = frozenset(n - 1 for n in g.section("linear_attn_config").numbers("kda_layers", below=layers.stop))
+    dense, sparse = g.moe_layers("num_experts")
+    theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
+    count, where = g.dim("num_experts", least=0), {"l": sparse}
+
+    rules = [rule for rule in blocks.embeddings(g) if not _is_tied_head(g, rule)]
+    rules += blocks.decoder_norms(g, {"l": layers})
+    rules += delta_attention(g, {"l": kda}) if kda else []
+    rules += blocks.mla_attention(g, {"l": frozenset(layers) - kda})
+    rules += blocks.mlp(ours, hidden, g.dim("intermediate_size"), {"l": dense})
+    if sparse:
+        gate = blocks.linear(f"{theirs}.gate", (count, hidden), where, f"{ours}.gate")[0]
+        router = Param(quantizable=True, spec=blocks.ROUTER_SPEC)
+        bias = f"{theirs}.gate.e_score_correction_bias"
+        rules.append(Rule(gate.source, gate.target, gate.shapes, where=where, param=router))
+        rules.append(blocks.param(bias, (count,), where, f"{ours}.e_score_correction_bias", cast=False))
+        rules += blocks.experts(
+            f"{theirs}.experts", f"{ours}.switch_mlp", count, hidden, inner, where, ("w1", "w3", "w2")
+        )
+        shared = g.optional("num_shared_experts")
+        if shared:
+            rules += blocks.mlp(
+                f"{theirs}.shared_experts", hidden, inner * shared, where, f"{ours}.shared_experts"
+            )
+    drops = blocks.rotary_buffers(g)
+    if _tied(g):
+        shape = (g.dim("vocab_size"), hidden)
+        drops.append(Drop("lm_head.weight", "tied to the embedding (tie_word_embeddings)", {}, shape))
+    return rules, drops
+
+
+def _tied(g: Geometry) -> bool:
+    return g.flag("tie_word_embeddings")
+
+
+def _is_tied_head(g: Geometry, rule: Rule) -> bool:
+    return _tied(g) and rule.source == ("lm_head.weight",)
+
+
+FAMILY = blocks.Family(
+    "kimi_linear",
+    "kimi_linear",
+    build,
+    {
+        "model_type": "kimi_linear",
+        "architectures": ["KimiLinearForCausalLM"],
+        **{
+            key: deepseek_v3.SAMPLE[key]
+            for key in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "moe_intermediate_size",
+                "num_hidden_layers",
+                "first_k_dense_replace",
+                "moe_layer_freq",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "kv_lora_rank",
+                "qk_nope_head_dim",
+                "qk_rope_head_dim",
+                "v_head_dim",
+                "rope_theta",
+                "tie_word_embeddings",
+                "torch_dtype",
+            )
+        },
+        "head_dim": 64,
+        "q_lora_rank": None,
+        "mla_use_nope": True,
+        "num_experts": 8,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "moe_router_activation_func": "sigmoid",
+        "moe_renormalize": True,
+        "routed_scaling_factor": 2.446,
+        "num_expert_group": 1,
+        "topk_group": 1,
+        "rms_norm_eps": 1e-5,
+        "num_nextn_predict_layers": 0,
+        "model_max_length": 4096,
+        "linear_attn_config": {
+            "full_attn_layers": [4],
+            "kda_layers": [1, 2, 3],
+            "head_dim": 64,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    # mlx-lm's ModelArgs asks for the key and never reads it.
+    defaults={"model_max_length": 4096},
+    architectures=("KimiLinearForCausalLM",),
+)

@@ -1,0 +1,137 @@
+"""LongCat Flash: two attentions and two MLPs per layer beside one mixture of experts, some of them empty.
+
+The ngram variant (LongCat-Flash-Lite) adds embeddings of token n-grams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.geometry import OPEN, Geometry
+from mla_tools.rules import Drop, Param, Rule
+
+__all__ = ["FAMILY", "NGRAM"]
+
+
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    return _decoder(g, "model.embed_tokens")
+
+
+def build_ngram(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    rules, drops = _decoder(g, "model.ngram_embeddings.word_embeddings")
+    splits = g.dim("emb_split_num", 4) * (g.dim("emb_neighbor_num", 4, least=2) - 1)
+    hidden = g.dim("hidden_size")
+    words = g.dim("ngram_vocab_size_ratio", 78) * g.dim("vocab_size")
+    for i in range(min(splits, 1000)):
+        # No two tables have the same number of rows, so each has its own rule.
+        where = {"i": range(i, i + 1)}
+        width = hidden // splits
+        prefix = "model.ngram_embeddings"
+        rules += blocks.linear(f"{prefix}.embedders.{{i}}", (words + (2 * i + 1), width), where)
+        rules += blocks.linear(f"{prefix}.post_projs.{{i}}", (hidden, width), where)
+    return rules, drops
+
+
+def _decoder(g: Geometry, words: str) -> tuple[list[Rule], list[Drop]]:
+    layers, hidden = g.layers("num_layers"), g.dim("hidden_size")
+    pair = {"l": layers, "i": range(2)}
+    where = {"l": layers}
+    count = g.dim("n_routed_experts")
+    choices = count + g.dim("zero_expert_num", 0, least=0)
+    mlp = "model.layers.{l}.mlp"
+
+    classifier = blocks.linear(
+        f"{mlp}.router.classifier", (choices, hidden), where, bias=g.flag("router_bias")
+    )
+    classifier[0] = replace(classifier[0], param=Param(quantizable=True, spec=blocks.ROUTER_SPEC))
+    rules = [
+        *blocks.embeddings(g, words=words),
+        *blocks.decoder_norms(g, pair, ".{i}"),
+        *blocks.mla_attention(g, pair, "model.layers.{l}.self_attn.{i}"),
+        *blocks.mlp("model.layers.{l}.mlps.{i}", hidden, g.dim("ffn_hidden_size"), pair),
+        *blocks.experts(
+            f"{mlp}.experts", f"{mlp}.switch_mlp", count, hidden, g.dim("expert_ffn_hidden_size"), where
+        ),
+        *classifier,
+        blocks.param(f"{mlp}.router.e_score_correction_bias", (choices,), where, cast=False),
+    ]
+    return rules, _mtp(g)
+
+
+def _mtp(g: Geometry) -> list[Drop]:
+    """Return the drops of the MTP layer, which has a prefix of its own and a dense MLP."""
+    hidden, vocab = g.dim("hidden_size"), g.dim("vocab_size")
+    layer = "model.mtp.layers.{l}"
+    where = {"l": range(OPEN)}
+    inside = [
+        *blocks.mla_attention(g, where, f"{layer}.self_attn", split=False),
+        *blocks.mlp(f"{layer}.transformer_layer.mlp", hidden, g.dim("ffn_hidden_size"), where),
+        *blocks.linear(f"{layer}.eh_proj", (hidden, hidden * 2), where),
+        *(
+            blocks.norm(f"{layer}.{name}", hidden, where)
+            for name in ("enorm.m", "hnorm.m", "input_layernorm", "post_attention_layernorm")
+        ),
+    ]
+    outside = [
+        blocks.norm("model.mtp.norm", hidden, {}),
+        *blocks.linear("model.mtp.embed_tokens", (vocab, hidden), {}),
+    ]
+    reason = "multi-token prediction, not part of the model's layers (model.mtp)"
+    return [Drop(rule.source[0], reason, rule.where, rule.shapes[0]) for rule in [*inside, *outside]]
+
+
+_SAMPLE: dict[str, Any] = {
+    "architectures": ["LongcatFlashForCausalLM"],
+    "num_layers": 2,
+    "hidden_size": 256,
+    "ffn_hidden_size": 512,
+    "expert_ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+    "n_routed_experts": 8,
+    "zero_expert_num": 4,
+    "zero_expert_type": "identity",
+    "moe_topk": 2,
+    "routed_scaling_factor": 6.0,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "rope_theta": 10000000.0,
+    "vocab_size": deepseek_v3.SAMPLE["vocab_size"],
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "attention_method": "MLA",
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+}
+
+_DEFAULTS = {"attention_bias": False, "attention_method": "MLA", "zero_expert_type": "identity"}
+
+FAMILY = blocks.Family(
+    "longcat_flash",
+    "longcat_flash",
+    build,
+    _SAMPLE,
+    defaults={**_DEFAULTS, "model_type": "longcat_flash"},
+    architectures=("LongcatFlashForCausalLM",),
+)
+NGRAM = blocks.Family(
+    "longcat_flash_ngram",
+    "longcat_flash_ngram",
+    build_ngram,
+    {
+        **_SAMPLE,
+        "architectures": ["LongcatFlashNgramForCausalLM"],
+        "hidden_size": 384,
+        "ngram_vocab_size_ratio": 2,
+        "emb_neighbor_num": 4,
+        "emb_split_num": 2,
+    },
+    defaults={**_DEFAULTS, "model_type": "longcat_flash_ngram"},
+    architectures=("LongcatFlashNgramForCausalLM",),
+)

@@ -1,0 +1,89 @@
+"""What a codec is: the way one tensor is spelled in stored tensors.
+
+The parts of a tensor are named by what has to be done to its name to find them: "weight" is the
+tensor's own name, "_scale_inv" is appended to it, and any other word takes the place of its last
+component. So the parts of `x.weight` are `x.weight`, `x.weight_scale_inv` and `x.scales`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mla_tools.spec import DType, Spec
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+__all__ = ["Claim", "Codec", "Module", "Rows", "part_name"]
+
+Rows = tuple[int, int]
+
+
+class Codec(Protocol):
+    """How a tensor is stored. Instances are values: equal codecs mean equal spelling."""
+
+    @property
+    def word(self) -> str:
+        """The name of the format for people: "bf16", "fp8 128x128", "affine 4-bit g64"."""
+        ...
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the stored numbers are codes rather than floats."""
+        ...
+
+    def encoded(self, spec: Spec) -> dict[str, Spec]:
+        """Return the stored parts of a tensor of this spec."""
+        ...
+
+    def cut(self, start: int, stop: int) -> dict[str, Rows]:
+        """Return which rows of each part hold rows start..stop of the tensor.
+
+        Rows are counted with all axes but the last taken as one.
+        """
+        ...
+
+    def decode(self, parts: Mapping[str, mx.array], start: int, dtype: DType) -> mx.array:
+        """Return rows [rows, width] in a float dtype from the parts' rows that `cut` named."""
+        ...
+
+    def encode(self, array: mx.array) -> dict[str, mx.array]:
+        """Return the parts of an array of any shape, whose dtype is the one to compute in.
+
+        Raises TypeError for formats that are only read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Module:
+    """What a codec sees: the stored tensors of one module, by the last component of their names.
+
+    `width` is the last axis that the table expects of the module's weight, which is what tells 4 bits
+    in groups of 64 from 8 bits in groups of 32. `quantization` is the config's own section on it.
+    """
+
+    leaves: Mapping[str, Spec]
+    width: int | None
+    quantization: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A codec's claim: these leaves together are this tensor."""
+
+    leaf: str
+    spec: Spec
+    codec: Codec
+    parts: Mapping[str, str]
+
+
+def part_name(tensor: str, part: str) -> str:
+    """Return the name under which a part of a tensor is stored."""
+    if part == "weight":
+        return tensor
+    if part.startswith("_"):
+        return tensor + part
+    return tensor[: tensor.rfind(".") + 1] + part

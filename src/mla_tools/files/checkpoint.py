@@ -1,0 +1,377 @@
+"""A checkpoint folder, read from its config, its index and the headers of its shards alone.
+
+The headers say what is there, the index only what should be: real indexes omit tensors (ModelOpt), count
+elements instead of bytes, and name shards that an interrupted download never brought. Everything wrong is
+collected, so that one look at a folder tells all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+
+from mla_tools.errors import CheckpointError, Problem, fold_names
+from mla_tools.files.safetensors import AGAIN, Header, parse_object, read_header, read_whole, shown
+from mla_tools.spec import Spec
+
+__all__ = ["Checkpoint", "Stored", "open_checkpoint"]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+
+_MAX_CONFIG = 16 << 20
+_MAX_INDEX = 64 << 20
+_COMPANIONS = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SET = re.compile(r"(.*)-(\d{1,18})-of-(\d{1,18})\.safetensors", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where one stored tensor lies: its file, and its offset in bytes from the start of that file."""
+
+    file: Path
+    offset: int
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of weights, without any of their data.
+
+    `shards` are the weight files that were read, `companions` the files to copy beside converted weights
+    (tokenizer, chat template, code). `lost` says for a tensor that should be there why it cannot be read.
+    With `problems`, the rest is what could be found out in spite of them.
+    """
+
+    folder: Path
+    config: dict[str, object]
+    tensors: dict[str, Stored]
+    shards: tuple[Path, ...]
+    companions: tuple[Path, ...]
+    notes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    lost: dict[str, str]
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Return what a folder holds, with everything that is wrong with it; only headers are read.
+
+    Raises CheckpointError when there is nothing to go on: no folder, no usable config.json, no safetensors.
+    """
+    folder = Path(folder)
+    names = _names(folder)
+    weights = [name for name in names if name.endswith(SUFFIX)]
+    problems: list[Problem] = []
+    notes: list[str] = []
+    fatal: list[Problem] = []
+    try:
+        config = _read_json(folder, names, CONFIG, _MAX_CONFIG, problems)
+    except CheckpointError as error:
+        fatal += error.problems
+    places = _read_index(folder, names, problems)
+    if not weights:
+        fatal.append(_no_weights(folder, names, places))
+    chosen = [] if places is not None else _without_index(weights, notes)
+    if weights and places is None and not chosen:
+        found = _some(weights)
+        cause = "An adapter is no model: give the folder of the model, or of the merged model."
+        fatal.append(Problem(str(folder), "holds adapters but no model", "model*.safetensors", found, cause))
+    if fatal:
+        raise CheckpointError(fatal + problems)
+    lost: dict[str, str] = {}
+    if places is None:
+        headers = _read_headers(folder, chosen, {}, problems, lost)
+        problems += _holes(chosen)
+        tensors = _gather(headers, {}, problems)
+    else:
+        placed = _placed(folder, names, places, problems, lost)
+        if left_out := [name for name in weights if name not in placed]:
+            notes.append(f"{_some(left_out)}: not named by the index, left out")
+        present = [name for name in placed if name in names]
+        headers = _read_headers(folder, present, placed, problems, lost)
+        tensors = _gather(headers, places, problems)
+        _compare(headers, tensors, places, placed, problems, notes, lost)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        tensors=tensors,
+        shards=tuple(header.path for header in headers.values()),
+        companions=_companions(folder, names, notes),
+        notes=tuple(notes),
+        problems=tuple(problems),
+        lost=lost,
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names in a folder in order, without hidden files ("._x" is what macOS adds to archives)."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError:
+        problem = Problem(str(folder), "there is no such folder", cause="Check the path.")
+    except NotADirectoryError:
+        cause = "Give the folder that holds config.json and the weights."
+        problem = Problem(str(folder), "is not a folder", cause=cause)
+    except (OSError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        problem = Problem(shown(str(folder)), "cannot be read", found=text or type(error).__name__)
+    raise CheckpointError([problem])
+
+
+def _read_json(
+    folder: Path, names: Iterable[str], name: str, limit: int, problems: list[Problem]
+) -> dict[str, object]:
+    """Return the object in a JSON file; a key that is there twice is a problem, no object an error."""
+    if name not in names:
+        cause = "Give the folder that holds config.json and the weights."
+        if (folder / "snapshots").is_dir():
+            cause = "This is a hub cache: give one of the folders in its folder snapshots."
+        raise CheckpointError([Problem(str(folder), f"there is no {name} in it", cause=cause)])
+    data = read_whole(folder / name, limit)
+    try:
+        value, twice = parse_object(data)
+    except ValueError as error:
+        raise CheckpointError([Problem(name, str(error), cause=AGAIN)]) from error
+    for key in dict.fromkeys(twice):
+        cause = "Readers disagree on which of the two counts: remove one."
+        problems.append(Problem(name, f"has the key {shown(key)} twice", cause=cause))
+    return value
+
+
+def _read_index(folder: Path, names: Sequence[str], problems: list[Problem]) -> dict[str, str] | None:
+    """Return the index as tensor name -> file name as it stands there, None without a usable one."""
+    found = [name for name in names if name.endswith(f"{SUFFIX}.index.json")]
+    if not found:
+        return None
+    if INDEX in found:
+        found = [INDEX]
+    if len(found) > 1:
+        cause = f"Keep the one that belongs to the model, as {INDEX}."
+        problems.append(Problem(str(folder), "has several indexes", INDEX, _some(found), cause))
+        return None
+    (index,) = found
+    try:
+        weight_map = _read_json(folder, names, index, _MAX_INDEX, problems).get("weight_map")
+    except CheckpointError as error:
+        problems += error.problems
+        return None
+    if not isinstance(weight_map, dict):
+        problems.append(
+            Problem(index, "has no object weight_map", "tensor names with their files", cause=AGAIN)
+        )
+        return None
+    strange = [name for name, file in weight_map.items() if not isinstance(file, str)]
+    if strange:
+        what = f"weight_map gives no file name for {_some(strange)}"
+        problems.append(Problem(index, what, "the name of a file in the folder", cause=AGAIN))
+    return {name: file for name, file in weight_map.items() if isinstance(file, str)}
+
+
+def _placed(
+    folder: Path, names: Sequence[str], places: dict[str, str], problems: list[Problem], lost: dict[str, str]
+) -> dict[str, list[str]]:
+    """Return file -> the tensors that the index places in it, in order, for the plain file names alone.
+
+    A file that is not there, or whose name leads out of the folder, is one problem and loses its tensors.
+    """
+    placed: dict[str, list[str]] = defaultdict(list)
+    for name, file in places.items():
+        placed[file].append(name)
+    there = set(names)
+    for file in sorted(placed):
+        tensors = placed[file]
+        if fault := _file_fault(file):
+            what = f"the index names this file for {_tensors(tensors)}, and that {fault}"
+            needed = "the plain name of a .safetensors file in the folder"
+            problem = Problem(shown(file), what, needed, cause="Correct the index or download it again.")
+            reason = f"the index names the file {shown(file)} for it, and that {fault}"
+            del placed[file]
+        elif file not in there:
+            reason = f"{shown(file)} is listed in the index but is not in the folder"
+            problem = Problem(
+                shown(file),
+                "is listed in the index but is not in the folder",
+                needed=f"the file, with {_tensors(tensors)}",
+                cause=f"Download it into {folder}.",
+            )
+        else:
+            continue
+        problems.append(problem)
+        lost.update(dict.fromkeys(tensors, reason))
+    return dict(sorted(placed.items()))
+
+
+def _file_fault(file: str) -> str:
+    """Return why a value of the index cannot be a shard of this folder, or nothing."""
+    if not file or "\0" in file:
+        return "is no file name"
+    if "/" in file or "\\" in file or file in (".", ".."):
+        return "is not in the folder"
+    if file.startswith("."):
+        return "is a hidden file"
+    if not file.endswith(SUFFIX):
+        return "is not a safetensors file"
+    return ""
+
+
+def _without_index(weights: Sequence[str], notes: list[str]) -> list[str]:
+    """Return the files of the model when no index tells: model*, else the others, else consolidated*."""
+    own = [name for name in weights if name.startswith("model")]
+    merged = [name for name in weights if name.startswith("consolidated")]
+    rest = [name for name in weights if name not in merged and not name.startswith("adapter")]
+    chosen = own or rest or merged
+    if chosen and (left_out := [name for name in weights if name not in chosen]):
+        notes.append(f"{_some(left_out)}: not part of {_some(chosen)}, left out")
+    return chosen
+
+
+def _holes(files: Sequence[str]) -> list[Problem]:
+    """Return a problem for each set "x-00001-of-00003.safetensors" of which members are missing."""
+    sets: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for file in files:
+        if match := _SET.fullmatch(file):
+            prefix, number, total = match.groups()
+            sets[prefix, total][int(number)] = number
+    problems = []
+    for (prefix, total), numbers in sets.items():
+        # Some sets count from 0; the count in a name can be absurd, so only what is shown is listed.
+        first = 0 if 0 in numbers else 1
+        members = range(first, first + int(total))
+        count = len(members) - sum(number in members for number in numbers)
+        if count:
+            digits = len(next(iter(numbers.values())))
+            holes = (f"{prefix}-{k:0{digits}}-of-{total}{SUFFIX}" for k in members if k not in numbers)
+            listed = [shown(hole) for hole in islice(holes, 8)]
+            more = f" and {count - len(listed):,} more" if count > len(listed) else ""
+            problems.append(
+                Problem(
+                    shown(f"{prefix}-*-of-{total}{SUFFIX}"),
+                    f"{count:,} of {int(total):,} files are missing",
+                    needed=", ".join(listed) + more,
+                    found=f"{len(numbers):,} files",
+                    cause="Download the missing files.",
+                )
+            )
+    return problems
+
+
+def _read_headers(
+    folder: Path,
+    files: Iterable[str],
+    placed: dict[str, list[str]],
+    problems: list[Problem],
+    lost: dict[str, str],
+) -> dict[str, Header]:
+    """Return file -> header for the sound files; a damaged one loses the tensors placed in it."""
+    headers = {}
+    for file in files:
+        try:
+            headers[file] = read_header(folder / file)
+        except CheckpointError as error:
+            problems += error.problems
+            first = error.problems[0]
+            text = first.what if first.subject == shown(file) else f"{first.subject}: {first.what}"
+            lost.update(
+                dict.fromkeys(placed.get(file, ()), f"{shown(file)} is damaged or unreadable: {text}")
+            )
+    return headers
+
+
+def _gather(headers: dict[str, Header], places: dict[str, str], problems: list[Problem]) -> dict[str, Stored]:
+    """Return all tensors of the headers; of a tensor that two files hold, the one where the index has it."""
+    tensors: dict[str, Stored] = {}
+    for file, header in headers.items():
+        for name in sorted(header.entries.keys() & tensors.keys()):
+            first = tensors[name].file.name
+            found = f"{shown(first)} and {shown(file)}"
+            cause = "Remove the file that does not belong to this model."
+            problems.append(Problem(shown(name), "is stored in two files", "one place", found, cause))
+        path = header.path
+        for name, entry in header.entries.items():
+            if name not in tensors or places.get(name) == file:
+                tensors[name] = Stored(path, entry.offset, entry.spec)
+    return tensors
+
+
+def _compare(
+    headers: dict[str, Header],
+    tensors: dict[str, Stored],
+    places: dict[str, str],
+    placed: dict[str, list[str]],
+    problems: list[Problem],
+    notes: list[str],
+    lost: dict[str, str],
+) -> None:
+    """Append where the headers and the index disagree: a tensor elsewhere or nowhere, one not indexed."""
+    for name in lost.keys() & tensors.keys():
+        del lost[name]
+    for file, header in headers.items():
+        for name in placed[file]:
+            if name in header.entries:
+                continue
+            what = f"the index places it in {shown(file)}, and it is not there"
+            where = (
+                f"in {shown(tensors[name].file.name)}" if name in tensors else "in no file that could be read"
+            )
+            cause = "The index and the files are not of one download: download them again."
+            problems.append(Problem(shown(name), what, found=where, cause=cause))
+            if name not in tensors:
+                lost[name] = what
+        extra = [name for name in header.entries if name not in places]
+        if extra:
+            notes.append(
+                f"{shown(file)} holds tensors that the index does not name, taken: {_tensors(extra)}"
+            )
+
+
+def _companions(folder: Path, names: Iterable[str], notes: list[str]) -> tuple[Path, ...]:
+    """Return the files to copy beside the weights; a note tells of a link to nowhere."""
+    found = []
+    for name in names:
+        wanted = any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)
+        if not wanted or name == CONFIG or name.endswith(".index.json"):
+            continue
+        path = folder / name
+        if path.is_file():
+            found.append(path)
+        elif path.is_symlink() and not path.exists():
+            notes.append(f"{shown(name)} is a link to a file that is gone, not copied")
+    return tuple(found)
+
+
+def _no_weights(folder: Path, names: Iterable[str], places: dict[str, str] | None) -> Problem:
+    """Return the problem of a folder without any safetensors file, and what to do about it."""
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    found, cause = "", "Download the weights into this folder."
+    if pickles:
+        found = _some(pickles)
+        cause = "Pickle files are refused, because loading one can run code: convert to safetensors first."
+    elif ggufs:
+        found = _some(ggufs)
+        cause = "A folder of GGUF files is no safetensors checkpoint: download the safetensors version."
+    elif places:
+        found = f"an index that names {len(set(places.values())):,} files, none of which is there"
+    return Problem(str(folder), "holds no safetensors files", "model*.safetensors", found, cause)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return a list of names for a sentence, the first few of many."""
+    more = f" and {len(names) - 4:,} more" if len(names) > 4 else ""
+    return ", ".join(map(shown, names[:4])) + more
+
+
+def _tensors(names: Sequence[str]) -> str:
+    """Return "3 tensors (a.{0..2}.weight)" for a sentence, with the first few kinds of many."""
+    lines = fold_names(map(shown, names))
+    more = ", ..." if len(lines) > 3 else ""
+    count = "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
+    return f"{count} ({', '.join(lines[:3])}{more})"

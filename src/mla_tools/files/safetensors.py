@@ -1,0 +1,633 @@
+"""safetensors files: the checked header, reads by range, and a writer whose file has its full size at once.
+
+A file is 8 bytes of header length, a JSON header, and the data without holes. Nothing here trusts the
+header: it is checked as a whole before any of its numbers is used, and nothing larger than the file is
+ever allocated. Source: the safetensors format description.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import reprlib
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_tools.errors import CheckpointError, MlaToolsError, Problem
+from mla_tools.spec import DType, Spec
+
+__all__ = [
+    "Entry",
+    "Header",
+    "Layout",
+    "Reader",
+    "Writer",
+    "layout",
+    "parse_object",
+    "read_header",
+    "read_whole",
+    "shown",
+]
+
+METADATA = "__metadata__"
+AGAIN = "Download the file again; an interrupted download leaves files like this."
+
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+_MAX_HEADER = 100_000_000  # what the safetensors library accepts
+_MAX_NAME = 4096
+_MAX_AXES = 64  # numpy's limit; it also bounds the work that a product of the axes can make
+_MAX_NUMBER = 1 << 63
+_MAX_PROBLEMS = 10_000
+_MAX_TRANSFER = 1 << 30  # macOS refuses a single read or write of 2 GiB and more
+
+_KEYS = {"dtype", "shape", "data_offsets"}
+_DTYPES = DType.__members__
+_INT = {int}  # compared with type(), because a bool is an int to isinstance
+# Control characters would garble a terminal, and surrogates cannot be encoded at all.
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored tensor of a file; `offset` counts from the start of the file."""
+
+    spec: Spec
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header of one file: what it holds and where; `size` is that of the file in bytes."""
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    size: int
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Return the header of a safetensors file, after checking all of it against the file's size.
+
+    Raises CheckpointError with every problem of the file. No tensor data is read.
+    """
+    path = Path(path)
+    file = shown(path.name)
+    fd, size = _open_regular(path)
+    try:
+        raw = _read_raw_header(fd, file, size)
+    except OSError as error:
+        raise CheckpointError([_unreadable(file, error)]) from error
+    finally:
+        os.close(fd)
+    try:
+        if not raw.startswith(b"{"):
+            raise ValueError("does not start with '{'")
+        table, twice = parse_object(raw)
+    except ValueError as error:
+        problem = Problem(file, f"is not a safetensors file: its header {error}", cause=AGAIN)
+        raise CheckpointError([problem]) from error
+    problems = [Problem(file, f"the header has the key {shown(key)} twice", cause=AGAIN) for key in twice]
+    metadata = table.pop(METADATA, {})
+    entries = _check_entries(table, file, _LENGTH_BYTES + len(raw), size, problems)
+    if type(metadata) is not dict or not all(map(_is_text, [*metadata, *metadata.values()])):
+        found = _clip.repr(metadata)
+        problems.append(Problem(file, f"{METADATA} is not an object of strings", found=found, cause=AGAIN))
+    if problems:
+        if len(problems) > _MAX_PROBLEMS:
+            more = f"has {len(problems) - _MAX_PROBLEMS:,} more problems than are listed here"
+            problems[_MAX_PROBLEMS:] = [Problem(file, more)]
+        raise CheckpointError(problems)
+    return Header(path, entries, metadata, size)
+
+
+def _read_raw_header(fd: int, file: str, size: int) -> bytes:
+    """Return the bytes of the JSON header; its length is compared with the file's size first."""
+    head = os.pread(fd, 64, 0)
+    problem = None
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    if head.startswith(b"version https://git-lfs"):
+        problem = Problem(
+            file,
+            "is a Git LFS pointer, not the weights",
+            cause='Run "git lfs pull" in the folder, or download the file with "hf download".',
+        )
+    elif len(head) < _LENGTH_BYTES:
+        problem = Problem(
+            file,
+            "is too short to be a safetensors file",
+            needed="8 bytes that give the length of the header",
+            found=f"{size} bytes",
+            cause=AGAIN,
+        )
+    elif not 2 <= length <= _MAX_HEADER:
+        problem = Problem(
+            file,
+            "is not a safetensors file: it does not start with the length of a header",
+            needed=f"a length from 2 to {_MAX_HEADER:,}",
+            found=f"{length:,} (the file starts with {head[:16]!r})",
+            cause=AGAIN,
+        )
+    elif _LENGTH_BYTES + length > size:
+        problem = Problem(
+            file,
+            f"is truncated inside its header: {_LENGTH_BYTES + length - size:,} bytes of it are missing",
+            needed=f"{_LENGTH_BYTES + length:,} bytes for the header",
+            found=f"a file of {size:,} bytes",
+            cause=AGAIN,
+        )
+    if problem:
+        raise CheckpointError([problem])
+    raw = bytearray()
+    while piece := os.pread(fd, length - len(raw), _LENGTH_BYTES + len(raw)):
+        raw += piece
+        if len(raw) == length:
+            return bytes(raw)
+    raise CheckpointError([Problem(file, "became shorter while it was read")])
+
+
+def _check_entries(
+    table: dict[str, Any], file: str, start: int, size: int, problems: list[Problem]
+) -> dict[str, Entry]:
+    """Return the entries of a header table; whatever is wrong with them is appended to `problems`."""
+    entries: dict[str, Entry] = {}
+    ranges: list[tuple[int, int, str]] = []
+    specs: dict[tuple[str, tuple[int, ...]], tuple[Spec, int]] = {}
+    whole = not problems  # without every range, what lies between ranges says nothing
+
+    def report(name: str, what: str, needed: str = "", found: object = None) -> None:
+        text = "" if found is None else _clip.repr(found)
+        problems.append(Problem(shown(name), what, needed, text, f"It is stored in {file}."))
+
+    for name, entry in table.items():
+        if fault := _name_fault(name):
+            report(name, f"the name of a tensor {fault}")
+        if type(entry) is not dict or entry.keys() != _KEYS:
+            found = sorted(entry) if type(entry) is dict else entry
+            report(name, "its header entry is not that of a tensor", "dtype, shape, data_offsets", found)
+            whole = False
+            continue
+        offsets, dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+        placed = type(offsets) is list and list(map(type, offsets)) == [int, int]
+        if placed and 0 <= offsets[0] <= offsets[1] < _MAX_NUMBER:
+            begin, end = offsets
+            ranges.append((begin, end, name))
+        else:
+            report(name, "data_offsets is not a range", "two whole numbers in order, from 0 up", offsets)
+            whole, begin, end = False, -1, -1
+        if type(shape) is not list or not _INT.issuperset(map(type, shape)):
+            report(name, "the shape is not one of a tensor", "a list of whole numbers", shape)
+            continue
+        if type(dtype) is not str or dtype not in _DTYPES:
+            report(name, "the dtype is unknown", ", ".join(_DTYPES), dtype)
+            continue
+        key = (dtype, tuple(shape))
+        known = specs.get(key)
+        if known is None:
+            if len(shape) > _MAX_AXES or not all(0 <= axis < _MAX_NUMBER for axis in shape):
+                limits = f"at most {_MAX_AXES} axes, each from 0 to 2^63 - 1"
+                report(name, "the shape is not one of a tensor", limits, shape)
+                continue
+            spec = Spec(key[1], _DTYPES[dtype])
+            known = specs[key] = spec, spec.nbytes
+        spec, nbytes = known
+        if end - begin == nbytes:
+            entries[name] = Entry(spec, start + begin)
+        elif end >= 0:
+            report(
+                name,
+                "the number of bytes does not fit the shape and the dtype",
+                f"{_count(nbytes)} bytes for {dtype} {_clip.repr(shape)}",
+                end - begin,
+            )
+    if whole:
+        _check_tiling(ranges, file, size - start, problems)
+    return entries
+
+
+def _check_tiling(ranges: list[tuple[int, int, str]], file: str, size: int, problems: list[Problem]) -> None:
+    """Append what keeps the ranges from tiling the data of `size` bytes: gaps, overlaps, a wrong end."""
+    ranges.sort()
+    reached, owner = 0, ""
+    for begin, end, name in ranges:
+        if begin > reached:
+            before = f"after {shown(owner)}" if owner else "at the start of the data"
+            problems.append(
+                Problem(file, f"{begin - reached:,} bytes {before} belong to no tensor", cause=AGAIN)
+            )
+        elif begin < reached:
+            text = f"the bytes overlap those of {shown(owner)}"
+            problems.append(Problem(shown(name), text, cause=f"It is stored in {file}."))
+        if end >= reached:
+            reached, owner = end, name
+    if reached != size:
+        if reached > size:
+            what = f"is truncated: {reached - size:,} bytes are missing at the end"
+        else:
+            what = f"is longer than its tensors: {size - reached:,} bytes at the end belong to none"
+        needed, found = f"{reached:,} bytes of data", f"{size:,} bytes"
+        problems.append(Problem(file, what, needed, found, AGAIN))
+
+
+def _name_fault(name: str) -> str:
+    """Return what is wrong with a tensor's name, or nothing."""
+    if not name:
+        return "is empty"
+    if len(name) > _MAX_NAME:
+        return f"has more than {_MAX_NAME} characters"
+    # Most names are plain, and isprintable is far cheaper than a search.
+    if not name.isprintable() and (unfit := _UNFIT.search(name)):
+        return f"contains the character {unfit[0]!a}"
+    return ""
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a JSON value is a string that can be written again: without lone surrogates."""
+    return type(value) is str and not _SURROGATE.search(value)
+
+
+# Short and safe for any JSON value, however deep, long or strange.
+_clip = reprlib.Repr()
+_clip.maxstring = _clip.maxother = _clip.maxlong = 80
+_clip.maxlist = _clip.maxdict = 8
+_clip.maxlevel = 3
+
+
+def shown(name: str) -> str:
+    """Return a name as it can stand in a message: itself, or escaped and shortened if it is strange."""
+    if name and len(name) <= 256 and name.isprintable():
+        return name
+    text = ascii(name[:256])
+    return text if len(name) <= 256 else f"{text}... ({len(name):,} characters)"
+
+
+def _count(number: int) -> str:
+    """Return a number with thousands separators, or its order of magnitude when it is absurd."""
+    return f"{number:,}" if number < _MAX_NUMBER else f"about 2^{number.bit_length() - 1}"
+
+
+def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
+    """Return the JSON object in `data`, and every key that some object in it has more than once.
+
+    Raises ValueError with the end of a sentence ("is not JSON: …") when there is no object.
+    """
+    twice: list[str] = []
+
+    def gather(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice.extend(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        return found
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=gather)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text (byte {error.start:,})") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    except ValueError as error:  # also numbers of thousands of digits
+        raise ValueError(f"is not JSON: {error}") from error
+    if type(value) is not dict:
+        raise ValueError("is not a JSON object")
+    return value, twice
+
+
+def read_whole(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file of at most `limit` bytes; raises CheckpointError otherwise."""
+    fd, size = _open_regular(path)
+    with os.fdopen(fd, "rb") as file:
+        if size > limit:
+            needed, found = f"at most {limit:,} bytes", f"{size:,} bytes"
+            raise CheckpointError([Problem(shown(path.name), "is too large for what it is", needed, found)])
+        try:
+            return file.read(limit)
+        except OSError as error:
+            raise CheckpointError([_unreadable(shown(path.name), error)]) from error
+
+
+def _open_regular(path: Path) -> tuple[int, int]:
+    """Return the descriptor and the size of a regular file opened for reading."""
+    file = shown(path.name)
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise CheckpointError([_unreadable(file, error)]) from error
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return fd, status.st_size
+    os.close(fd)
+    found = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+    raise CheckpointError([Problem(file, "is not a regular file", found=found)])
+
+
+def _unreadable(file: str, error: Exception) -> Problem:
+    if isinstance(error, FileNotFoundError):
+        return Problem(file, "is not there", cause="Check the path; a link may lead to a file that is gone.")
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    cause = "Check the permissions and the disk that holds it."
+    return Problem(file, "cannot be read", found=text or type(error).__name__, cause=cause)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The header of a file to be written, and where each tensor lies in it (bytes from the file's start)."""
+
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: dict[str, int]
+    size: int
+
+
+def layout(tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> Layout:
+    """Return the layout of a file that holds `tensors`; the same tensors always give the same bytes.
+
+    Wide dtypes come first, then names in order, and the data starts at a multiple of 8, so that every
+    tensor lies at a multiple of its dtype's width. Raises MlaToolsError for a name that a header cannot
+    hold and for a header beyond what the safetensors library opens.
+    """
+    table: dict[str, object] = {}
+    if metadata:
+        table[METADATA] = dict(sorted(metadata.items()))
+    relative, nbytes, reached = {}, {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.nbytes, name)):
+        fault = "is reserved" if name == METADATA else _name_fault(name)
+        if fault:
+            raise MlaToolsError(f"{shown(name)}: the name of a tensor {fault}, so it cannot be written")
+        spec = tensors[name]
+        relative[name], nbytes[name] = reached, spec.nbytes
+        reached += nbytes[name]
+        offsets = [relative[name], reached]
+        table[name] = {"dtype": spec.dtype.name, "shape": list(spec.shape), "data_offsets": offsets}
+    try:
+        text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise MlaToolsError(f"the metadata of a file holds text that is not Unicode: {error}") from error
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _MAX_HEADER:
+        raise MlaToolsError(
+            f"a file of {len(tensors):,} tensors needs a header of {len(text):,} bytes, and readers accept "
+            f"{_MAX_HEADER:,}; write smaller files"
+        )
+    start = _LENGTH_BYTES + len(text)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return Layout(
+        header, {name: start + offset for name, offset in relative.items()}, nbytes, start + reached
+    )
+
+
+class Writer:
+    """A safetensors file that has its full size from the start and is filled in any order, by any thread.
+
+    The bytes go to `<path>.partial`, which takes the final name in `finish`, when every byte of every
+    tensor was written exactly once. A partial file that an earlier run left is replaced. Leaving the
+    context without `finish` removes the partial file. Raises MlaToolsError, also for a full disk.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], layout: Layout) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._layout = layout
+        self._ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.offsets}
+        self._written = 0
+        self._idle = threading.Condition()
+        self._busy = 0
+        self._open = True  # whether `write` is still allowed
+        self._fd = -1
+        self._refuse_existing()
+        try:
+            # A new file, not the old one emptied: a run that still writes the old one must not hit ours.
+            self.partial.unlink(missing_ok=True)
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._fd, layout.size)
+            self._write_at(memoryview(layout.header), 0)
+        except OSError as error:
+            self.abort()
+            raise self._failed(error) from error
+
+    @property
+    def written(self) -> int:
+        """The number of bytes of tensors written so far."""
+        return self._written
+
+    def write(self, name: str, start: int, data: Any) -> None:
+        """Write a contiguous bytes-like object at byte `start` of a tensor. May be called by any thread."""
+        if name not in self._layout.nbytes:
+            raise MlaToolsError(f"{shown(name)}: {self.path.name} has no place for this tensor")
+        view = memoryview(data)
+        end, nbytes = start + view.nbytes, self._layout.nbytes[name]
+        if not 0 <= start <= end <= nbytes:
+            raise MlaToolsError(f"{shown(name)}: bytes {start}..{end} are outside of its {nbytes} bytes")
+        if start == end:
+            return
+        with self._idle:
+            if not self._open:
+                raise MlaToolsError(f"{self.path.name} is closed; nothing more can be written to it")
+            self._busy += 1
+        try:
+            self._write_at(view.cast("B"), self._layout.offsets[name] + start)
+            with self._idle:
+                self._ranges[name].append((start, end))
+                self._written += end - start
+        except OSError as error:
+            raise self._failed(error) from error
+        finally:
+            with self._idle:
+                self._busy -= 1
+                self._idle.notify_all()
+
+    def finish(self) -> None:
+        """Give the file its final name, on disk for good; refused unless it was written completely.
+
+        After a refusal only `abort` is left.
+        """
+        with self._idle:
+            if not self._open:
+                raise MlaToolsError(f"{self.path.name} is closed already")
+        self._stop_writes()
+        if faults := self._faults():
+            more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+            lines = "\n  ".join(faults[:20])
+            raise MlaToolsError(f"{self.path.name} was not written exactly once:\n  {lines}{more}")
+        try:
+            os.fsync(self._fd)
+            self._refuse_existing()
+            if not self._is_ours():
+                raise MlaToolsError(f"{self.partial} was removed or replaced while it was written")
+            self.partial.rename(self.path)
+            self._close()
+            self._sync_folder()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def abort(self) -> None:
+        """Remove the partial file, after the writes that are under way; nothing happens after `finish`."""
+        self._stop_writes()
+        if self._fd >= 0:
+            with suppress(OSError):
+                if self._is_ours():
+                    self.partial.unlink()
+            with suppress(OSError):
+                self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _stop_writes(self) -> None:
+        # A descriptor closed under a write could by then be that of another file.
+        with self._idle:
+            self._open = False
+            self._idle.wait_for(lambda: self._busy == 0)
+
+    def _write_at(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done : done + _MAX_TRANSFER], offset + done)
+
+    def _faults(self) -> list[str]:
+        faults = []
+        for name, ranges in self._ranges.items():
+            reached = 0
+            for start, end in sorted(ranges):
+                if start > reached:
+                    faults.append(f"{shown(name)}: bytes {reached}..{start} were not written")
+                elif start < reached:
+                    faults.append(f"{shown(name)}: bytes {start}..{min(reached, end)} were written twice")
+                reached = max(reached, end)
+            if reached < (nbytes := self._layout.nbytes[name]):
+                faults.append(f"{shown(name)}: bytes {reached}..{nbytes} were not written")
+        return faults
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.path):
+            raise MlaToolsError(f"{self.path} exists already; remove it or choose another place")
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), self.partial.lstat())
+        except FileNotFoundError:
+            return False
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def _sync_folder(self) -> None:
+        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            # Some network file systems cannot sync a folder; the file itself is safe there.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(fd)
+
+    def _failed(self, error: OSError) -> MlaToolsError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = f"it needs {self._layout.size:,} bytes; free some space or choose another disk"
+        else:
+            advice = "check the folder, its permissions and the disk"
+        return MlaToolsError(f"{self.path} cannot be written: {error.strerror}; {advice}")
+
+
+class _OpenFile:
+    """An open file of a Reader: its descriptor, its size when opened, and how many reads use it now."""
+
+    __slots__ = ("fd", "size", "users")
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd, self.size, self.users = fd, size, 0
+
+
+class Reader:
+    """Reads ranges of files from any thread; keeps the `limit` files used last open."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._closed = False
+
+    def read(self, path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Return `nbytes` bytes from byte `offset` of a file; raises CheckpointError if it ends before."""
+        with self._use(path) as file:
+            if not (offset >= 0 and nbytes >= 0 and offset + nbytes <= file.size):
+                raise CheckpointError([_cut_short(path, offset, nbytes, file.size)])
+            data = np.empty(nbytes, np.uint8)
+            view, done = data.data, 0
+            while done < nbytes:
+                try:
+                    count = os.preadv(file.fd, [view[done : done + _MAX_TRANSFER]], offset + done)
+                except OSError as error:
+                    raise CheckpointError([_unreadable(shown(path.name), error)]) from error
+                if count == 0:
+                    raise CheckpointError([_cut_short(path, offset, nbytes, offset + done)])
+                done += count
+            return data
+
+    def close(self) -> None:
+        """Close every file; reads that are under way end first, later ones are refused."""
+        with self._lock:
+            self._closed, self._limit = True, 0
+            self._trim()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _use(self, path: Path) -> Iterator[_OpenFile]:
+        with self._lock:
+            if self._closed:
+                raise MlaToolsError(f"{path} cannot be read: the reader is closed")
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = _OpenFile(*_open_regular(path))
+            else:
+                self._files.move_to_end(path)
+            file.users += 1
+            self._trim()
+        try:
+            yield file
+        finally:
+            with self._lock:
+                file.users -= 1
+                self._trim()
+
+    def _trim(self) -> None:
+        # A file in use stays open: its descriptor, once closed, could be given to another file.
+        excess = len(self._files) - self._limit
+        if excess > 0:
+            idle = [path for path, file in self._files.items() if not file.users]
+            for path in idle[:excess]:
+                os.close(self._files.pop(path).fd)
+
+
+def _cut_short(path: Path, offset: int, nbytes: int, size: int) -> Problem:
+    needed, found = f"bytes {offset:,} to {offset + nbytes:,}", f"{size:,} bytes"
+    cause = "It became shorter since its header was read. " + AGAIN
+    return Problem(shown(path.name), "truncated while reading", needed, found, cause)

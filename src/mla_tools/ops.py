@@ -1,0 +1,270 @@
+"""The ops: what happens to the values of tensors on their way from one layout to the other.
+
+Each op says the same thing four times: `infer` for specs, `apply` for arrays, `inverse` for the way
+back, and `slabs` for how the work can be cut so that no more than a few rows are in memory. `apply`
+maps the blocks that one slab reads to the blocks that it writes; whole tensors are the slab of
+everything, so there is one implementation for both.
+
+A block's rows are counted with all axes but the last taken as one, because a packed tensor can be
+cut between rows but not within them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mla_tools import mla
+from mla_tools.spec import Spec
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+__all__ = ["Block", "MergeKvB", "Op", "Same", "Slab", "SplitKvB", "Stack", "SwapLastAxes", "Unstack"]
+
+# Rows are cut at multiples of this where a slab is long enough, so that formats with blocks of
+# 128 rows do not read and decode a scale twice.
+_ROW_ALIGNMENT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows `start..stop` of tensor number `index` of a step, seen as an array of `shape`."""
+
+    index: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """A piece of work that stands on its own: the blocks it reads and the blocks it writes."""
+
+    reads: tuple[Block, ...]
+    writes: tuple[Block, ...]
+
+
+class Op(Protocol):
+    """What every op provides."""
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        """Return the specs of the outputs; ValueError when the inputs do not fit."""
+        ...
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        """Return the written blocks of one slab from its read blocks."""
+        ...
+
+    def inverse(self) -> Op:
+        """Return the op that undoes this one."""
+        ...
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        """Yield slabs that together cover every output row once, of about `limit` elements each."""
+        ...
+
+    def keeps_last_axis(self, output: int) -> bool:
+        """Return whether rows of this output are rows of an input, so that packed rows can be moved."""
+        ...
+
+
+def _runs(count: int, step: int, alignment: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield ranges that cover 0..count, `step` long and aligned where `step` allows it."""
+    step = max(1, step)
+    if step >= alignment:
+        step -= step % alignment
+    for start in range(0, count, step):
+        yield start, min(count, start + step)
+
+
+def _rows(width: int, limit: int) -> int:
+    return limit // max(1, width)
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor as it is."""
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        return (spec,)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        return (array,)
+
+    def inverse(self) -> Same:
+        return self
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        (spec,) = specs
+        for start, stop in _runs(spec.rows, _rows(spec.width, limit), _ROW_ALIGNMENT):
+            block = Block(0, start, stop, (stop - start, spec.width))
+            yield Slab((block,), (block,))
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Stack:
+    """e tensors of [o, i] as one [e, o, i]: the experts of a layer."""
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        first = specs[0]
+        if any(spec.shape != first.shape for spec in specs):
+            raise ValueError("tensors of different shapes cannot be stacked")
+        return (Spec((len(specs), *first.shape), first.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        import mlx.core as mx
+
+        return (mx.stack(list(arrays)),)
+
+    def inverse(self) -> Unstack:
+        return Unstack()
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        rows = specs[0].rows
+        width = specs[0].width
+        for e in range(len(specs)):
+            for start, stop in _runs(rows, _rows(width, limit), _ROW_ALIGNMENT):
+                yield Slab(
+                    (Block(e, start, stop, (stop - start, width)),),
+                    (Block(0, e * rows + start, e * rows + stop, (1, stop - start, width)),),
+                )
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Unstack:
+    """One [e, o, i] as e tensors of [o, i], the inverse of `Stack`."""
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        return (Spec(spec.shape[1:], spec.dtype),) * spec.shape[0]
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        return tuple(array[e] for e in range(array.shape[0]))
+
+    def inverse(self) -> Stack:
+        return Stack()
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        # The slabs of the way there, read from right to left.
+        for slab in Stack().slabs(self.infer(specs), limit):
+            yield Slab(slab.writes, slab.reads)
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class SplitKvB:
+    """kv_b_proj [h*(n+v), r] as embed_q [h, r, n] and unembed_out [h, v, r].
+
+    Rows are head-major, per head n rows of K and then v rows of V. The rows of V stay rows; those of
+    K become columns, so a packed K has to be decoded.
+    """
+
+    nope: int
+    value: int
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        heads, rest = divmod(spec.shape[0], self.nope + self.value)
+        if len(spec.shape) != 2 or rest:
+            raise ValueError(f"{spec} has no whole number of heads of {self.nope} + {self.value} rows")
+        rank = spec.shape[1]
+        return (
+            Spec((heads, rank, self.nope), spec.dtype),
+            Spec((heads, self.value, rank), spec.dtype),
+        )
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        return mla.split_kv_b(
+            array,
+            num_heads=array.shape[0] // (self.nope + self.value),
+            qk_nope_head_dim=self.nope,
+            v_head_dim=self.value,
+        )
+
+    def inverse(self) -> MergeKvB:
+        return MergeKvB(self.nope, self.value)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        (spec,) = specs
+        n, v, r = self.nope, self.value, spec.shape[1]
+        for a, b in _runs(spec.shape[0] // (n + v), limit // ((n + v) * r)):
+            yield Slab(
+                (Block(0, a * (n + v), b * (n + v), ((b - a) * (n + v), r)),),
+                (Block(0, a * r, b * r, (b - a, r, n)), Block(1, a * v, b * v, (b - a, v, r))),
+            )
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return output == 1
+
+
+@dataclass(frozen=True)
+class MergeKvB:
+    """embed_q [h, r, n] and unembed_out [h, v, r] as kv_b_proj [h*(n+v), r], the inverse of `SplitKvB`."""
+
+    nope: int
+    value: int
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        embed_q, unembed_out = specs
+        heads, rank, nope = embed_q.shape
+        if nope != self.nope or unembed_out.shape != (heads, self.value, rank):
+            raise ValueError(f"{embed_q} and {unembed_out} are not the halves of one kv_b_proj")
+        return (Spec((heads * (self.nope + self.value), rank), embed_q.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        embed_q, unembed_out = arrays
+        return (mla.merge_kv_b(embed_q, unembed_out),)
+
+    def inverse(self) -> SplitKvB:
+        return SplitKvB(self.nope, self.value)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        for slab in self.inverse().slabs(self.infer(specs), limit):
+            yield Slab(slab.writes, slab.reads)
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class SwapLastAxes:
+    """[…, a, b] as […, b, a]: a depthwise convolution [c, 1, k] as MLX's [c, k, 1]."""
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        *head, a, b = spec.shape
+        return (Spec((*head, b, a), spec.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        return (array.swapaxes(-1, -2),)
+
+    def inverse(self) -> SwapLastAxes:
+        return self
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        (spec,) = specs
+        *_, a, b = spec.shape
+        for start, stop in _runs(spec.rows // a, limit // (a * b)):
+            count = stop - start
+            yield Slab(
+                (Block(0, start * a, stop * a, (count, a, b)),),
+                (Block(0, start * b, stop * b, (count, b, a)),),
+            )
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return False

@@ -1,0 +1,625 @@
+"""From headers to a plan: what becomes of each stored tensor, and where each byte of the output goes.
+
+Nothing here reads tensor data, and nothing here imports mlx: a plan is made in a fraction of a second
+and tells everything that is wrong with a checkpoint in one go, before a byte is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mla_tools.architectures import Family, table_of
+from mla_tools.architectures.geometry import label
+from mla_tools.codecs import Claim, Codec, Dense, MlxQuantized, Module, bundle, part_name, repacking
+from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_names
+from mla_tools.files.checkpoint import Checkpoint
+from mla_tools.files.safetensors import Layout, layout
+from mla_tools.ops import Op
+from mla_tools.quantization import QuantSpec, recipe_spec
+from mla_tools.rules import Match, Name, Param, Rule, Table, short
+from mla_tools.spec import DType, Spec
+
+__all__ = [
+    "SLAB_ELEMENTS",
+    "Drop",
+    "EmbedQ",
+    "Exactness",
+    "Options",
+    "OutputFile",
+    "Plan",
+    "Source",
+    "Step",
+    "Steps",
+    "Target",
+    "make_plan",
+    "make_steps",
+]
+
+# How many elements are worked on at a time: 16 MB of bf16.
+SLAB_ELEMENTS = 8 << 20
+
+# Output files are filled up to this, as mlx-lm does it.
+SHARD_BYTES = 5 << 30
+
+_DTYPE_NAMES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
+
+EmbedQ = Literal["source", "float"] | QuantSpec
+
+Exactness = Literal["copied", "repacked", "rounded", "decoded", "encoded", "requantized"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks of a conversion; the defaults are those of `mlx_lm.convert`.
+
+    `dtype`: of the tensors that are not quantized; None for what config.json says, or the
+    checkpoint's own. `quantize` and `recipe`: the target encoding. `embed_q`: what becomes of the K
+    half of a quantized kv_b_proj, whose groups lie across the new axis: encoded like the source, with
+    a QuantSpec of its own, or left in floats.
+    """
+
+    quantize: QuantSpec | None = None
+    recipe: str | None = None
+    dtype: DType | None = None
+    dequantize: bool = False
+    embed_q: EmbedQ = field(default_factory=lambda: QuantSpec("affine", 8, 32))
+
+    def __post_init__(self) -> None:
+        if self.quantize and self.dequantize:
+            raise UsageError("Choose either quantize or dequantize, not both.")
+        if self.recipe and not self.quantize:
+            raise UsageError("--quant-predicate says how to quantize; it needs -q.")
+        if self.recipe and self.quantize and self.quantize.mode != "affine":
+            raise UsageError("Quant predicates only support 'affine' quantization.")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the checkpoint: what it is nominally, how it is spelled, where its parts are."""
+
+    name: str
+    spec: Spec
+    codec: Codec
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor of the output.
+
+    `spec` is the nominal one (shape and the float dtype computed in); `parts` are stored names.
+    `moved`: the source's packed rows are taken over without decoding.
+    """
+
+    name: str
+    spec: Spec
+    codec: Codec
+    parts: Mapping[str, str]
+    exactness: Exactness
+    moved: bool
+
+    def stored(self) -> dict[str, Spec]:
+        """Return the stored tensors that it is written as, by name."""
+        return {self.parts[part]: spec for part, spec in self.codec.encoded(self.spec).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One application of a rule."""
+
+    op: Op
+    sources: tuple[Source, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A tensor that is left out, and why."""
+
+    source: Source
+    reason: str
+
+
+@dataclass
+class Steps:
+    """What becomes of each tensor, with everything that was found wrong or worth saying on the way."""
+
+    family: Family
+    steps: list[Step]
+    drops: list[Drop]
+    problems: list[Problem]
+    notes: list[str]
+    # Module path -> the quantization of its weight, and the paths that a recipe or the class names.
+    quantized: dict[str, QuantSpec]
+    named: set[str]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of the output and what stands where in it."""
+
+    name: str
+    layout: Layout
+    tensors: Mapping[str, Spec]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion will do."""
+
+    checkpoint: Checkpoint
+    family: Family
+    options: Options
+    steps: tuple[Step, ...]
+    drops: tuple[Drop, ...]
+    files: tuple[OutputFile, ...]
+    config: Mapping[str, Any]
+    config_changes: tuple[str, ...]
+    notes: tuple[str, ...]
+    parameters: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of tensor data that will be written."""
+        return sum(spec.nbytes for file in self.files for spec in file.tensors.values())
+
+    @property
+    def source_nbytes(self) -> int:
+        """The bytes of tensor data in the checkpoint."""
+        return sum(stored.spec.nbytes for stored in self.checkpoint.tensors.values())
+
+    def peak_bytes(self, threads: int) -> int:
+        """Return the bytes that the slabs of all threads may take at once, the interpreter aside."""
+        return threads * max((_slab_bytes(step) for step in self.steps), default=0)
+
+
+def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Return the plan that converts a checkpoint.
+
+    Raises CheckpointError that lists everything that is wrong with it.
+    """
+    config = checkpoint.config
+    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
+    made = make_steps(stored, config, options, lost=checkpoint.lost)
+    problems = [*checkpoint.problems, *made.problems]
+    if problems:
+        raise CheckpointError(problems)
+    new_config = _output_config(config, made, options)
+    return Plan(
+        checkpoint,
+        made.family,
+        options,
+        tuple(made.steps),
+        tuple(made.drops),
+        _output_files(made.steps),
+        new_config,
+        _changes(config, new_config),
+        (*checkpoint.notes, *made.notes),
+        sum(target.spec.size for step in made.steps for target in step.targets),
+    )
+
+
+def make_steps(
+    stored: Mapping[str, Spec],
+    config: Mapping[str, Any],
+    options: Options,
+    *,
+    lost: Mapping[str, str] | None = None,
+) -> Steps:
+    """Return what becomes of each stored tensor; problems are collected, not raised.
+
+    `lost` names tensors that an index promises and that cannot be read, with the reason. Raises
+    CheckpointError only where the config is of no known family or lacks the numbers of a table.
+    """
+    family, table = table_of(config)
+    made = Steps(family, [], [], [], [], {}, set())
+    lost = lost or {}
+    inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
+    for source, match in _claimed(stored, config, table, made):
+        if match is None:
+            made.problems.append(_unknown(source, family))
+            continue
+        _check_shape(source, table.shape(match), made.problems)
+        if table.rule(match) is None:
+            made.drops.append(Drop(source, table.drop(match).reason))
+        else:
+            key, slot = table.slot(match)
+            inputs[match.claim, key][slot] = source
+    _check_markers(table, made, lost)
+
+    options = _with_config_dtype(options, config)
+    targets = table.targets()
+    makers: dict[str, Rule] = {}
+    for (claim, key), found in inputs.items():
+        rule = table.rules[claim]
+        count = len(rule.source_shapes())
+        for name in rule.targets(key):
+            if name in makers:
+                made.problems.append(_doubled(name, rule, makers[name], key))
+            makers[name] = rule
+        if len(found) < count:
+            made.problems.append(_incomplete(rule, key, found, lost))
+        elif not made.problems:
+            made.steps.append(_step(rule, key, found, table, options, made))
+    for rule in table.rules:
+        if not rule.alternative:
+            for key in rule.applications():
+                if not all(name in makers for name in rule.targets(key)):
+                    made.problems.append(_missing(rule, key, makers, lost))
+    made.steps.sort(key=lambda step: _natural(step.targets[0].name))
+    _say_what_stays_dense(made, targets, options)
+    return made
+
+
+def _claimed(
+    stored: Mapping[str, Spec], config: Mapping[str, Any], table: Table, made: Steps
+) -> list[tuple[Source, Match | None]]:
+    """Bundle stored tensors into tensors and look each up."""
+    section = _quantization_section(config)
+    modules: dict[str, dict[str, Spec]] = defaultdict(dict)
+    for name, spec in stored.items():
+        module, _, leaf = name.rpartition(".")
+        modules[module][leaf] = spec
+    # Most modules look like thousands of others, so what the codecs say is remembered.
+    seen: dict[Any, tuple[list[Claim], dict[str, str]] | str] = {}
+    found: list[tuple[Source, Match | None]] = []
+    for module, leaves in modules.items():
+        prefix = f"{module}." if module else ""
+        weight = table.lookup(f"{prefix}weight")
+        shape = table.shape(weight) if weight else None
+        width = int(shape[-1]) if shape else None
+        look = (*leaves.items(), width)
+        answer = seen.get(look)
+        if answer is None:
+            try:
+                answer = bundle(Module(leaves, width, section))
+            except ValueError as error:
+                answer = str(error)
+            seen[look] = answer
+        if isinstance(answer, str):
+            made.problems.append(Problem(module, "its stored tensors do not fit together", found=answer))
+            continue
+        claims, rest = answer
+        for leaf, reason in rest.items():
+            made.problems.append(
+                Problem(prefix + leaf, "this stored tensor cannot be read", found=str(leaves[leaf]), cause=reason)
+            )
+        for claim in claims:
+            name = prefix + claim.leaf
+            match = weight if claim.leaf == "weight" else table.lookup(name)
+            parts = {part: prefix + leaf for part, leaf in claim.parts.items()}
+            found.append((Source(name, claim.spec, claim.codec, parts), match))
+    return found
+
+
+def _quantization_section(config: Mapping[str, Any]) -> Mapping[str, object]:
+    section = config.get("quantization_config")
+    return section if isinstance(section, Mapping) else {}
+
+
+def _with_config_dtype(options: Options, config: Mapping[str, Any]) -> Options:
+    """Return options whose dtype is what mlx_lm.convert would take from config.json."""
+    if options.dtype is not None:
+        return options
+    named = config.get("torch_dtype")
+    if named is None and isinstance(config.get("text_config"), Mapping):
+        named = config["text_config"].get("dtype")
+    if isinstance(named, str) and named in _DTYPE_NAMES:
+        return replace(options, dtype=_DTYPE_NAMES[named])
+    return options
+
+
+# --- what a tensor becomes ---------------------------------------------------------------------------
+
+
+def _step(
+    rule: Rule,
+    key: tuple[int, ...],
+    found: Mapping[int, Source],
+    table: Table,
+    options: Options,
+    made: Steps,
+) -> Step:
+    sources = tuple(found[slot] for slot in range(len(found)))
+    specs = rule.op.infer([source.spec for source in sources])
+    targets = []
+    for output, (name, spec) in enumerate(zip(rule.targets(key), specs, strict=True)):
+        codec, dtype = _choose(name, spec, rule, output, sources, table, options, made)
+        moved = rule.op.keeps_last_axis(output) and all(
+            source.codec.quantized and repacking(source.codec, codec) is not None for source in sources
+        )
+        parts = {part: part_name(name, part) for part in codec.encoded(spec)}
+        exactness = _exactness(sources, codec, dtype, moved)
+        targets.append(Target(name, Spec(spec.shape, dtype), codec, parts, exactness, moved))
+    return Step(rule.op, sources, tuple(targets))
+
+
+def _choose(
+    name: str,
+    spec: Spec,
+    rule: Rule,
+    output: int,
+    sources: Sequence[Source],
+    table: Table,
+    options: Options,
+    made: Steps,
+) -> tuple[Codec, DType]:
+    """Return how a target is stored, and the float dtype in which it is computed."""
+    source, param = sources[0].codec, rule.param
+    dtype = spec.dtype
+    if dtype.kind == "float" and param.cast and options.dtype is not None:
+        dtype = options.dtype
+    wanted: QuantSpec | None = None
+    kept = isinstance(source, MlxQuantized) and param.quantizable and not options.dequantize
+    if options.quantize is not None and param.quantizable:
+        wanted, named = _quantized_as(name, param, table, options)
+        if spec.width % options.quantize.group_size or not wanted.divides(spec.width):
+            wanted = None
+        elif named:
+            made.named.add(short(name))
+    elif kept and isinstance(source, MlxQuantized):
+        wanted = source.spec if rule.op.keeps_last_axis(output) else _embed_q(source.spec, spec.width, options)
+    if wanted is None:
+        return Dense(dtype), dtype
+    if isinstance(source, MlxQuantized) and wanted == source.spec and not wanted.has_biases:
+        # The block-float modes hold no float dtype, so none can be changed.
+        dtype = source.dtype
+    made.quantized[short(name)] = wanted
+    return MlxQuantized(wanted, dtype, wanted.has_biases), dtype
+
+
+def _quantized_as(name: str, param: Param, table: Table, options: Options) -> tuple[QuantSpec, bool]:
+    """Return the quantization of a target, and whether config.json must name it even if it is the default."""
+    assert options.quantize is not None
+    if options.recipe:
+        path = short(name)
+        return recipe_spec(options.recipe, path, table.layers(), options.quantize.group_size), True
+    if param.spec is not None:
+        return param.spec, True
+    return options.quantize, False
+
+
+def _embed_q(source: QuantSpec, width: int, options: Options) -> QuantSpec | None:
+    if options.embed_q == "float":
+        return None
+    wanted = source if options.embed_q == "source" else options.embed_q
+    return wanted if wanted.divides(width) else None
+
+
+def _exactness(sources: Sequence[Source], codec: Codec, dtype: DType, moved: bool) -> Exactness:
+    quantized = any(source.codec.quantized for source in sources)
+    nominal = {source.spec.dtype for source in sources}
+    if moved:
+        if all(_narrower(dtype, other) for other in nominal):
+            return "rounded"
+        return "copied" if all(source.codec == codec for source in sources) else "repacked"
+    if codec.quantized:
+        return "requantized" if quantized else "encoded"
+    if quantized:
+        return "decoded"
+    if nominal == {dtype}:
+        return "copied"
+    return "rounded" if any(_narrower(dtype, other) for other in nominal) else "repacked"
+
+
+def _narrower(dtype: DType, other: DType) -> bool:
+    """Whether not every number of `other` is one of `dtype`; bf16 and f16 do not hold each other."""
+    return dtype is not other and dtype is not DType.F32
+
+
+# --- problems ----------------------------------------------------------------------------------------
+
+
+def _unknown(source: Source, family: Family) -> Problem:
+    return Problem(
+        short(source.name),
+        "unknown tensor",
+        found=f"{source.spec} ({source.codec.word})",
+        cause=f"No rule of {family.name} names it. Is model_type in config.json right, is it from another tool?",
+    )
+
+
+def _check_shape(source: Source, shape: tuple[int, ...] | None, problems: list[Problem]) -> None:
+    if shape is None or source.spec.shape == shape:
+        return
+    labels = ", ".join(label(number) for number in shape)
+    needed = f"[{', '.join(str(int(number)) for number in shape)}]  ({labels} in config.json)"
+    problems.append(Problem(short(source.name), "wrong shape", needed, f"{list(source.spec.shape)}"))
+
+
+def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
+    """Refuse to drop layers as MTP layers that are not."""
+    present = {drop.source.name for drop in made.drops}
+    for name in sorted(present):
+        match = table.lookup(name)
+        drop = table.drop(match) if match else None
+        if drop is None or drop.marker is None or match is None:
+            continue
+        values = dict(zip(Name(drop.source).indices, match.values, strict=True))
+        marker = Name(drop.marker).format(values)
+        if marker not in present and marker not in lost:
+            made.problems.append(
+                Problem(
+                    short(name),
+                    "would be dropped as what it is not",
+                    needed=f"{short(marker)} beside it, if this is {drop.reason}",
+                    found="no such tensor",
+                    cause="Does config.json give the right number of layers?",
+                )
+            )
+
+
+def _doubled(name: str, rule: Rule, other: Rule, key: tuple[int, ...]) -> Problem:
+    known = dict(zip(rule.shared(), key, strict=True))
+    origins = [short(Name(r.source[0]).fold(known, r.where)) for r in (other, rule)]
+    return Problem(
+        short(name),
+        "is there twice",
+        needed="one of them",
+        found=" and ".join(origins),
+        cause="The checkpoint mixes two layouts.",
+    )
+
+
+def _incomplete(
+    rule: Rule, key: tuple[int, ...], found: Mapping[int, Source], lost: Mapping[str, str]
+) -> Problem:
+    names = rule.sources(key)
+    missing = [name for slot, name in enumerate(names) if slot not in found]
+    known = dict(zip(rule.shared(), key, strict=True))
+    needed = short(Name(rule.source[0]).fold(known, rule.where))
+    gathered = rule.gathered()
+    word = "expert" if gathered == ("e",) else "part"
+    numbers = [INDEX.split(name)[-2] for name in missing]
+    few = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    what = f"{word} {few} is missing" if len(missing) == 1 else f"{word}s {few} are missing"
+    causes = sorted({lost[name] for name in missing if name in lost})
+    return Problem(
+        short(rule.targets(key)[0]),
+        what,
+        needed + (f"  ({rule.because})" if rule.because else ""),
+        f"{len(found)} of {len(names)}",
+        "\n  ".join(causes),
+    )
+
+
+def _missing(
+    rule: Rule, key: tuple[int, ...], makers: Mapping[str, Rule], lost: Mapping[str, str]
+) -> Problem:
+    names = rule.sources(key)
+    absent = [short(name) for name in rule.targets(key) if name not in makers]
+    known = dict(zip(rule.shared(), key, strict=True))
+    causes = sorted({lost[name] for name in names if name in lost})
+    shape = ", ".join(str(int(number)) for number in rule.shapes[0])
+    return Problem(
+        short(Name(rule.source[0]).fold(known, rule.where)),
+        "missing",
+        needed=f"[{shape}]" + (f", for {' and '.join(absent)}" if absent != [short(names[0])] else ""),
+        found="no such tensor",
+        cause="\n  ".join(causes),
+    )
+
+
+def _say_what_stays_dense(
+    made: Steps, targets: Mapping[str, tuple[tuple[int, ...], Param]], options: Options
+) -> None:
+    if options.quantize is None:
+        return
+    dense: dict[int, list[str]] = defaultdict(list)
+    for name, (shape, param) in targets.items():
+        if param.quantizable and short(name) not in made.quantized:
+            dense[int(shape[-1])].append(short(name))
+    group = options.quantize.group_size
+    for width, names in dense.items():
+        made.notes.append(
+            f"stays dense, because the group size {group} does not divide its last axis of {width}: "
+            + ", ".join(fold_names(names))
+        )
+
+
+# --- the output --------------------------------------------------------------------------------------
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """Sort key under which layer 10 comes after layer 9."""
+    pieces: list[Any] = INDEX.split(name)
+    pieces[1::2] = map(int, pieces[1::2])
+    return tuple(pieces)
+
+
+def _output_files(steps: Sequence[Step]) -> tuple[OutputFile, ...]:
+    """Fill files in the order of the steps, the parts of a tensor together."""
+    shards: list[dict[str, Spec]] = []
+    room = 0
+    for step in steps:
+        for target in step.targets:
+            stored = target.stored()
+            nbytes = sum(spec.nbytes for spec in stored.values())
+            if not shards or nbytes > room:
+                shards.append({})
+                room = SHARD_BYTES
+            shards[-1].update(stored)
+            room -= nbytes
+    count = len(shards)
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
+    return tuple(
+        OutputFile(name, layout(tensors, {"format": "mlx"}), tensors)
+        for name, tensors in zip(names, shards, strict=True)
+    )
+
+
+def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> dict[str, Any]:
+    """Return the config.json that mlx-lm reads the output with, keys sorted as mlx-lm writes them."""
+    new = {**(made.family.defaults or {}), **copy.deepcopy(dict(config))}
+    new["model_type"] = made.family.model_type
+    old = new.pop("quantization", None)
+    new.pop("quantization_config", None)
+    new.pop("_name_or_path", None)
+    if options.dtype is not None:
+        new["torch_dtype"] = next(name for name, dtype in _DTYPE_NAMES.items() if dtype is options.dtype)
+    if made.quantized:
+        default = options.quantize or _source_default(old, made)
+        section: dict[str, Any] = dict(default.config)
+        for path in sorted(made.quantized, key=_natural):
+            spec = made.quantized[path]
+            if spec != default or path in made.named:
+                section[path] = dict(spec.config)
+        new["quantization"] = section
+        # The second name is what the hub shows a model's quantization by.
+        new["quantization_config"] = copy.deepcopy(section)
+    return dict(sorted(new.items()))
+
+
+def _source_default(old: object, made: Steps) -> QuantSpec:
+    """Return the quantization that config.json names first: the source's own default, or the commonest."""
+    counted = Counter(made.quantized.values())
+    if isinstance(old, Mapping):
+        for spec in counted:
+            if all(old.get(key, "affine") == value for key, value in spec.config.items()):
+                return spec
+    return counted.most_common(1)[0][0]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
+    lines = [f"{key}: removed" for key in sorted(old.keys() - new.keys())]
+    lines += [f"{key}: added, {_brief(new[key])}" for key in sorted(new.keys() - old.keys())]
+    lines += [
+        f"{key}: {_brief(old[key])} -> {_brief(new[key])}"
+        for key in sorted(old.keys() & new.keys())
+        if old[key] != new[key]
+    ]
+    return tuple(lines)
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, Mapping):
+        plain = {key: item for key, item in value.items() if not isinstance(item, Mapping)}
+        more = len(value) - len(plain)
+        return f"{plain}" + (f" and {more} modules of their own" if more else "")
+    return repr(value)
+
+
+def _slab_bytes(step: Step) -> int:
+    """Return the working set of the first slab of a step, which is the largest."""
+    slab = next(iter(step.op.slabs([source.spec for source in step.sources], SLAB_ELEMENTS)), None)
+    if slab is None:
+        return 0
+    read = sum(_rows_bytes(step.sources[block.index], block.start, block.stop) for block in slab.reads)
+    elements = sum((b.stop - b.start) * step.sources[b.index].spec.width for b in slab.reads)
+    # Stored bytes, one float32 and one target-dtype copy of the values, and what is written.
+    return 2 * read + elements * (4 + 4 + 4)
+
+
+def _rows_bytes(source: Source, start: int, stop: int) -> int:
+    encoded = source.codec.encoded(source.spec)
+    return sum(
+        (last - first) * encoded[part].row_bytes for part, (first, last) in source.codec.cut(start, stop).items()
+    )

@@ -1,0 +1,79 @@
+"""Weights in, weights out: the tables and ops of `convert` over a dict of arrays.
+
+This is what a model file's `Model.sanitize` calls in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from mla_tools.errors import CheckpointError
+from mla_tools.execute import transform
+from mla_tools.ops import Block, Slab
+from mla_tools.plan import EmbedQ, Options, Step, make_steps
+from mla_tools.spec import DType, Spec
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+__all__ = ["sanitize"]
+
+
+def sanitize(
+    weights: Mapping[str, mx.array], config: Any, *, embed_q: EmbedQ = "source"
+) -> dict[str, mx.array]:
+    """Return the weights under the names and in the shapes of mlx-lm's class for this config.
+
+    `weights` are arrays as `mx.load` gives them, lazy ones too: nothing is evaluated. `config` is
+    config.json as a dict, or a model class's ModelArgs. Tensors that the class has no place for
+    (multi-token prediction, rotary buffers) are left out; packed weights stay packed wherever their
+    last axis stays, and `embed_q` says what becomes of the K half of a quantized kv_b_proj. Float
+    dtypes are kept; FP8 becomes bfloat16.
+
+    Raises CheckpointError that lists every unknown, missing, doubled or misshapen tensor.
+    """
+    keys = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+    # Dtypes are convert's business: here each tensor keeps its own.
+    keys.pop("torch_dtype", None)
+    specs = {name: Spec(tuple(array.shape), _dtype(array)) for name, array in weights.items()}
+    made = make_steps(specs, keys, Options(embed_q=embed_q))
+    if made.problems:
+        raise CheckpointError(made.problems)
+    result: dict[str, mx.array] = {}
+    for step in made.steps:
+        for target, parts in zip(step.targets, _whole(step, weights), strict=True):
+            for part, array in parts.items():
+                name = target.parts[part]
+                result[name] = array.reshape(target.stored()[name].shape)
+    return result
+
+
+def _whole(step: Step, weights: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
+    """Run a step as the one slab of everything."""
+    slab = _everything(step)
+    parts = [
+        {
+            part: weights[name].reshape(-1, weights[name].shape[-1] if weights[name].ndim else 1)
+            for part, name in source.parts.items()
+        }
+        for source in step.sources
+    ]
+    return transform(step, slab, parts)
+
+
+def _everything(step: Step) -> Slab:
+    def blocks(specs: list[Spec]) -> tuple[Block, ...]:
+        return tuple(Block(index, 0, spec.rows, spec.shape) for index, spec in enumerate(specs))
+
+    return Slab(
+        blocks([source.spec for source in step.sources]), blocks([target.spec for target in step.targets])
+    )
+
+
+_DTYPES = {dtype.mlx: dtype for dtype in DType if not dtype.name.startswith("F8")}
+
+
+def _dtype(array: mx.array) -> DType:
+    return _DTYPES[str(array.dtype).rpartition(".")[2]]
