@@ -330,7 +330,8 @@ def test_multilinear_round_trip(spec: QuantSpec) -> None:
     assert same_bits(dense.weight, decoded)
     # Each side is what the other computes with: quantized_matmul against a plain one.
     inputs = random(2, 3, 5, 128, seed=1)
-    assert mx.allclose(quantized(inputs), dense(inputs), rtol=1e-2, atol=0.1)
+    # 0.005 is what rounding an affine weight to bfloat16 costs.
+    assert mx.linalg.norm(quantized(inputs) - dense(inputs)) < 0.01 * mx.linalg.norm(dense(inputs))
 
 
 @FLOATS

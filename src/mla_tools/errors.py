@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 __all__ = ["CheckpointError", "MlaToolsError", "Problem", "UsageError", "fold_indices", "fold_names"]
 
-# Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", "b", "17", ""].
+# Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
 # Only whole dotted components count as numbers, so "q_conv1d" stays a word.
-INDEX = re.compile(r"(?:(?<=\.)|^)(\d+)(?=\.|$)")
+INDEX = re.compile(r"\.(\d+)(?=\.|\Z)")
 
 _MAX_GROUPS = 40
 
@@ -54,7 +54,7 @@ class Problem:
 
     def _kind(self) -> tuple[str, ...]:
         return tuple(
-            INDEX.sub("*", text) for text in (self.subject, self.what, self.needed, self.found, self.cause)
+            INDEX.sub(".*", text) for text in (self.subject, self.what, self.needed, self.found, self.cause)
         )
 
 
@@ -122,7 +122,7 @@ def fold_names(names: Iterable[str]) -> list[str]:
             text = words[0]
             for axis, word in zip(axes, words[1:], strict=True):
                 count *= len(axis)
-                text += fold_indices(axis) + word
+                text += f".{fold_indices(axis)}{word}"
             lines.append(text if count == 1 else f"{count} x {text}")
     return lines
 

@@ -188,10 +188,8 @@ def _slab(
     parts = []
     for block in slab.reads:
         source = step.sources[block.index]
-        rows = source.codec.cut(block.start, block.stop)
-        parts.append(
-            {part: _read(plan, reader, source.parts[part], first, last) for part, (first, last) in rows.items()}
-        )
+        cut = source.codec.cut(block.start, block.stop)
+        parts.append({part: _read(plan, reader, source.parts[part], *rows) for part, rows in cut.items()})
     results = transform(step, slab, parts)
     mx.eval(results)
     written = 0

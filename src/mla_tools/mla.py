@@ -252,10 +252,6 @@ class _Layout:
     shape: tuple[int, ...]
     formula: str
 
-    def __post_init__(self) -> None:
-        if min(self.shape) < 1:
-            raise ValueError(f"{self} has an axis without elements")
-
     def __str__(self) -> str:
         return f"{self.formula} = {list(self.shape)}"
 
@@ -304,14 +300,14 @@ def _read(parts: Mapping[str, mx.array], name: str, layout: _Layout) -> QuantSpe
     if weight.dtype != mx.uint32:
         raise _error(subject, f"{_dtype(weight)} beside {name}.scales", "uint32, the packed weight of MLX")
     *rows, width = layout.shape
-    if weight.ndim != len(layout.shape) or list(weight.shape[:-1]) != rows:
+    if list(weight.shape[:-1]) != rows:
         raise layout.unlike(subject, weight)
     scales = parts["scales"]
-    if scales.shape[:-1] != weight.shape[:-1] or scales.ndim != weight.ndim:
+    if scales.shape[:-1] != weight.shape[:-1]:
         raise _error(
             f"{name}.scales",
             "the shape does not fit the weight's",
-            f"{rows + ['groups']} beside the weight {list(weight.shape)}",
+            f"[{', '.join(map(str, rows))}, groups] beside the weight {list(weight.shape)}",
             f"{list(scales.shape)}",
         )
     in_uint8 = scales.dtype == mx.uint8

@@ -20,7 +20,8 @@ from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.ops import Op
 from mla_tools.quantization import QuantSpec, recipe_spec
-from mla_tools.rules import Match, Name, Param, Rule, Table, short
+from mla_tools.rules import Match, Param, Rule, Table, short
+from mla_tools.rules import name as template
 from mla_tools.spec import DType, Spec
 
 __all__ = [
@@ -223,12 +224,17 @@ def make_steps(
         if match is None:
             made.problems.append(_unknown(source, family))
             continue
-        _check_shape(source, table.shape(match), made.problems)
-        if table.rule(match) is None:
-            made.drops.append(Drop(source, table.drop(match).reason))
+        rule = table.rule(match)
+        if rule is None:
+            drop = table.drop(match)
+            shape = drop.shape
+            made.drops.append(Drop(source, drop.reason))
         else:
+            shape = rule.shapes[match.position]
             key, slot = table.slot(match)
             inputs[match.claim, key][slot] = source
+        if shape is not None and source.spec.shape != shape:
+            made.problems.append(_misshapen(source, shape))
     _check_markers(table, made, lost)
 
     options = _with_config_dtype(options, config)
@@ -285,9 +291,8 @@ def _claimed(
             continue
         claims, rest = answer
         for leaf, reason in rest.items():
-            made.problems.append(
-                Problem(prefix + leaf, "this stored tensor cannot be read", found=str(leaves[leaf]), cause=reason)
-            )
+            there = str(leaves[leaf])
+            made.problems.append(Problem(prefix + leaf, "cannot be read", found=there, cause=reason))
         for claim in claims:
             name = prefix + claim.leaf
             match = weight if claim.leaf == "weight" else table.lookup(name)
@@ -362,7 +367,9 @@ def _choose(
         elif named:
             made.named.add(short(name))
     elif kept and isinstance(source, MlxQuantized):
-        wanted = source.spec if rule.op.keeps_last_axis(output) else _embed_q(source.spec, spec.width, options)
+        wanted = (
+            source.spec if rule.op.keeps_last_axis(output) else _embed_q(source.spec, spec.width, options)
+        )
     if wanted is None:
         return Dense(dtype), dtype
     if isinstance(source, MlxQuantized) and wanted == source.spec and not wanted.has_biases:
@@ -419,16 +426,14 @@ def _unknown(source: Source, family: Family) -> Problem:
         short(source.name),
         "unknown tensor",
         found=f"{source.spec} ({source.codec.word})",
-        cause=f"No rule of {family.name} names it. Is model_type in config.json right, is it from another tool?",
+        cause=f"No rule of {family.name} names it. Is model_type in config.json right?",
     )
 
 
-def _check_shape(source: Source, shape: tuple[int, ...] | None, problems: list[Problem]) -> None:
-    if shape is None or source.spec.shape == shape:
-        return
+def _misshapen(source: Source, shape: tuple[int, ...]) -> Problem:
     labels = ", ".join(label(number) for number in shape)
     needed = f"[{', '.join(str(int(number)) for number in shape)}]  ({labels} in config.json)"
-    problems.append(Problem(short(source.name), "wrong shape", needed, f"{list(source.spec.shape)}"))
+    return Problem(short(source.name), "wrong shape", needed, f"{list(source.spec.shape)}")
 
 
 def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
@@ -439,8 +444,8 @@ def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
         drop = table.drop(match) if match else None
         if drop is None or drop.marker is None or match is None:
             continue
-        values = dict(zip(Name(drop.source).indices, match.values, strict=True))
-        marker = Name(drop.marker).format(values)
+        values = dict(zip(template(drop.source).indices, match.values, strict=True))
+        marker = template(drop.marker).format(values)
         if marker not in present and marker not in lost:
             made.problems.append(
                 Problem(
@@ -454,8 +459,8 @@ def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
 
 
 def _doubled(name: str, rule: Rule, other: Rule, key: tuple[int, ...]) -> Problem:
-    known = dict(zip(rule.shared(), key, strict=True))
-    origins = [short(Name(r.source[0]).fold(known, r.where)) for r in (other, rule)]
+    known = dict(zip(rule.shared, key, strict=True))
+    origins = [short(template(r.source[0]).fold(known, r.where)) for r in (other, rule)]
     return Problem(
         short(name),
         "is there twice",
@@ -470,9 +475,9 @@ def _incomplete(
 ) -> Problem:
     names = rule.sources(key)
     missing = [name for slot, name in enumerate(names) if slot not in found]
-    known = dict(zip(rule.shared(), key, strict=True))
-    needed = short(Name(rule.source[0]).fold(known, rule.where))
-    gathered = rule.gathered()
+    known = dict(zip(rule.shared, key, strict=True))
+    needed = short(template(rule.source[0]).fold(known, rule.where))
+    gathered = rule.gathered
     word = "expert" if gathered == ("e",) else "part"
     numbers = [INDEX.split(name)[-2] for name in missing]
     few = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
@@ -492,11 +497,11 @@ def _missing(
 ) -> Problem:
     names = rule.sources(key)
     absent = [short(name) for name in rule.targets(key) if name not in makers]
-    known = dict(zip(rule.shared(), key, strict=True))
+    known = dict(zip(rule.shared, key, strict=True))
     causes = sorted({lost[name] for name in names if name in lost})
     shape = ", ".join(str(int(number)) for number in rule.shapes[0])
     return Problem(
-        short(Name(rule.source[0]).fold(known, rule.where)),
+        short(template(rule.source[0]).fold(known, rule.where)),
         "missing",
         needed=f"[{shape}]" + (f", for {' and '.join(absent)}" if absent != [short(names[0])] else ""),
         found="no such tensor",
@@ -621,5 +626,6 @@ def _slab_bytes(step: Step) -> int:
 def _rows_bytes(source: Source, start: int, stop: int) -> int:
     encoded = source.codec.encoded(source.spec)
     return sum(
-        (last - first) * encoded[part].row_bytes for part, (first, last) in source.codec.cut(start, stop).items()
+        (last - first) * encoded[part].row_bytes
+        for part, (first, last) in source.codec.cut(start, stop).items()
     )

@@ -12,8 +12,9 @@ is the business of the codecs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from itertools import product
 from typing import NamedTuple
 
@@ -22,20 +23,20 @@ from mla_tools.ops import Op, Same
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
 
-__all__ = ["Domain", "Drop", "Match", "Name", "Param", "Rule", "Table", "short"]
+__all__ = ["Domain", "Drop", "Match", "Name", "Param", "Rule", "Table", "name", "short"]
 
 Domain = range | frozenset[int]
 
-_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD = re.compile(r"\.\{(\w+)\}(?=\.|\Z)")
 
 
-def short(name: str) -> str:
+def short(tensor: str) -> str:
     """Return a tensor's name as people say it: without the ".weight" that every module has."""
-    return name.removesuffix(".weight")
+    return tensor.removesuffix(".weight")
 
 
 class Name:
-    """A template taken apart: `words` between the indices, `indices` in order."""
+    """A template taken apart: `words` between the indices, `indices` in order. Made by `name`."""
 
     __slots__ = ("indices", "text", "words")
 
@@ -44,8 +45,10 @@ class Name:
         self.text = text
         self.words = tuple(pieces[::2])
         self.indices = tuple(pieces[1::2])
-        if len(INDEX.split(text)) > 1:
-            raise ValueError(f"{text}: a literal number; write an index and say which values it takes")
+        if len(INDEX.split(text)) > 1 or "{" in "".join(self.words):
+            raise ValueError(
+                f"{text}: indices are whole components in braces, and numbers are written as indices"
+            )
 
     def __repr__(self) -> str:
         return f"Name({self.text!r})"
@@ -54,17 +57,22 @@ class Name:
         """Return the concrete name for these index values."""
         pieces = [self.words[0]]
         for index, word in zip(self.indices, self.words[1:], strict=True):
-            pieces.append(str(values[index]))
-            pieces.append(word)
+            pieces.append(f".{values[index]}{word}")
         return "".join(pieces)
 
     def fold(self, values: Mapping[str, int], where: Mapping[str, Domain]) -> str:
         """Return the name with the given values filled in and the other indices as ranges."""
         pieces = [self.words[0]]
         for index, word in zip(self.indices, self.words[1:], strict=True):
-            pieces.append(str(values[index]) if index in values else fold_indices(where[index]))
-            pieces.append(word)
+            number = str(values[index]) if index in values else fold_indices(where[index])
+            pieces.append(f".{number}{word}")
         return "".join(pieces)
+
+
+@cache
+def name(text: str) -> Name:
+    """Return a template taken apart; ValueError if it is none."""
+    return Name(text)
 
 
 @dataclass(frozen=True)
@@ -99,40 +107,42 @@ class Rule:
     alternative: bool = False
     because: str = ""
 
+    @cached_property
     def gathered(self) -> tuple[str, ...]:
-        """Return the indices that stand only on the left."""
-        right = {index for text in self.target for index in Name(text).indices}
-        return tuple(dict.fromkeys(i for t in self.source for i in Name(t).indices if i not in right))
+        """The indices that stand only on the left."""
+        return _only(self.source, self.target)
 
+    @cached_property
     def scattered(self) -> tuple[str, ...]:
-        """Return the indices that stand only on the right."""
-        return replace(self, source=self.target, target=self.source).gathered()
+        """The indices that stand only on the right."""
+        return _only(self.target, self.source)
 
+    @cached_property
     def shared(self) -> tuple[str, ...]:
-        """Return the indices that stand on both sides: each combination of them is an application."""
-        free = {*self.gathered(), *self.scattered()}
+        """The indices that stand on both sides: each combination of them is an application."""
+        free = {*self.gathered, *self.scattered}
         return tuple(index for index in self.where if index not in free)
 
     def applications(self) -> list[tuple[int, ...]]:
         """Return the values of the shared indices, one tuple for each application of the rule."""
-        return _combinations(self.shared(), self.where)
+        return _combinations(self.shared, self.where)
 
     def sources(self, values: tuple[int, ...]) -> list[str]:
         """Return the concrete names of the sources of one application."""
-        return self._names(self.source, self.gathered(), values)
+        return self._names(self.source, self.gathered, values)
 
     def targets(self, values: tuple[int, ...]) -> list[str]:
         """Return the concrete names of the targets of one application."""
-        return self._names(self.target, self.scattered(), values)
+        return self._names(self.target, self.scattered, values)
 
     def _names(self, templates: Sequence[str], free: tuple[str, ...], values: tuple[int, ...]) -> list[str]:
-        known = dict(zip(self.shared(), values, strict=True))
+        known = dict(zip(self.shared, values, strict=True))
         combinations = [dict(zip(free, c, strict=True)) for c in _combinations(free, self.where)]
-        return [Name(text).format({**known, **more}) for text in templates for more in combinations]
+        return [name(text).format({**known, **more}) for text in templates for more in combinations]
 
     def source_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of all sources of one application, gathered indices written out."""
-        count = len(_combinations(self.gathered(), self.where))
+        count = len(_combinations(self.gathered, self.where))
         return tuple(shape for shape in self.shapes for _ in range(count))
 
     def target_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -158,6 +168,7 @@ class Drop:
 
     `marker`: a template that must be present too, for the same values of its indices, or the tensors
     are not what the reason says (a layer beyond the last is an MTP layer only if it has `eh_proj`).
+    `usual`: whether the family's checkpoints on the hub have them, so that samples do too.
     """
 
     source: str
@@ -165,6 +176,7 @@ class Drop:
     where: Mapping[str, Domain] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
     marker: str | None = None
+    usual: bool = True
 
 
 class Match(NamedTuple):
@@ -207,23 +219,26 @@ class Table:
             self._add(claim, 0, drop.source, drop.where)
 
     def _add(self, claim: int, position: int, text: str, where: Mapping[str, Domain]) -> None:
-        name = Name(text)
-        domains = tuple(where[index] for index in name.indices)
-        entries = self._lookup.setdefault(name.words, [])
+        template = name(text)
+        domains = tuple(where[index] for index in template.indices)
+        entries = self._lookup.setdefault(template.words, [])
         for other, _, theirs in entries:
             if all(_overlap(a, b) for a, b in zip(domains, theirs, strict=True)):
                 raise ValueError(f"two rules claim {text}: number {other} and number {claim}")
         entries.append((claim, position, domains))
 
-    def lookup(self, name: str) -> Match | None:
+    def lookup(self, tensor: str) -> Match | None:
         """Return where a tensor's name belongs, or None if no rule knows it."""
-        pieces = INDEX.split(name)
+        pieces = INDEX.split(tensor)
         entries = self._lookup.get(tuple(pieces[::2]))
         if entries is None:
             return None
-        values = tuple(map(int, pieces[1::2]))
+        try:
+            values = tuple(map(int, pieces[1::2]))
+        except ValueError:  # more digits than Python turns into a number
+            return None
         for claim, position, domains in entries:
-            for value, domain in zip(values, domains, strict=True):
+            for value, domain in zip(values, domains):  # noqa: B905 - equal by construction, and hot
                 if value not in domain:
                     break
             else:
@@ -232,11 +247,11 @@ class Table:
 
     def slot(self, match: Match) -> tuple[tuple[int, ...], int]:
         """Return which application of its rule a match belongs to, and as which input."""
-        slots = self._slots[match.claim][match.position]
-        values = match.values
+        claim, position, values = match
+        slots = self._slots[claim][position]
         return (
-            tuple(values[p] for p in slots.shared),
-            slots.order[tuple(values[p] for p in slots.gathered)],
+            tuple([values[p] for p in slots.shared]),
+            slots.order[tuple([values[p] for p in slots.gathered])],
         )
 
     def rule(self, match: Match) -> Rule | None:
@@ -260,10 +275,10 @@ class Table:
                 continue
             shapes = rule.target_shapes()
             for values in rule.applications():
-                for name, shape in zip(rule.targets(values), shapes, strict=True):
-                    if name in found:
-                        raise ValueError(f"two rules make {name}")
-                    found[name] = (shape, rule.param)
+                for target, shape in zip(rule.targets(values), shapes, strict=True):
+                    if target in found:
+                        raise ValueError(f"two rules make {target}")
+                    found[target] = (shape, rule.param)
         return found
 
     def layers(self) -> int:
@@ -276,16 +291,21 @@ class Table:
         return Table(rules, identities=False)
 
 
+def _only(these: Sequence[str], those: Sequence[str]) -> tuple[str, ...]:
+    other = {index for text in those for index in name(text).indices}
+    return tuple(dict.fromkeys(i for text in these for i in name(text).indices if i not in other))
+
+
 def _combinations(indices: tuple[str, ...], where: Mapping[str, Domain]) -> list[tuple[int, ...]]:
     return list(product(*(sorted(where[index]) for index in indices)))
 
 
 def _slots(rule: Rule) -> tuple[_Slots, ...]:
-    shared, gathered = rule.shared(), rule.gathered()
+    shared, gathered = rule.shared, rule.gathered
     combinations = _combinations(gathered, rule.where)
     slots = []
     for position, text in enumerate(rule.source):
-        indices = Name(text).indices
+        indices = name(text).indices
         slots.append(
             _Slots(
                 tuple(indices.index(index) for index in shared),
@@ -304,13 +324,20 @@ def _identities(rules: Sequence[Rule]) -> list[Rule]:
         if isinstance(rule.op, Same) and rule.source == rule.target:
             continue
         shapes = rule.target_shapes()
-        scattered = len(_combinations(rule.scattered(), rule.where))
+        scattered = len(_combinations(rule.scattered, rule.where))
         for position, text in enumerate(rule.target):
             if text in read:
                 continue
-            where = {index: rule.where[index] for index in Name(text).indices}
+            where = {index: rule.where[index] for index in name(text).indices}
             found.append(
-                Rule((text,), (text,), (shapes[position * scattered],), where=where, param=rule.param, alternative=True)
+                Rule(
+                    (text,),
+                    (text,),
+                    (shapes[position * scattered],),
+                    where=where,
+                    param=rule.param,
+                    alternative=True,
+                )
             )
     return found
 

@@ -47,6 +47,9 @@ class DType(Enum):
         member._value_ = (len(cls.__members__), *fields)
         return member
 
+    # Members are unique objects; Enum's own hash goes through the name and is slow.
+    __hash__ = object.__hash__
+
     @property
     def nbytes(self) -> int:
         """The width in bytes."""

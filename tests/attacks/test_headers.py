@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from hostile import entry, packed, sound, table
-from hypothesis import example, given
+import safetensors
+from attacks.hostile import entry, packed, sound, table
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_tools.errors import CheckpointError
@@ -43,7 +44,7 @@ CASES = {
     "deep lists": (packed(b'{"a":' + b"[" * 200_000), ["its header is nested too deeply"]),
     "deep objects": (packed(b'{"a":' * 200_000), ["its header is nested too deeply"]),
     "deep and closed": (
-        packed(b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"),
+        packed(b'{"a":' + b"[" * 500 + b"]" * 500 + b"}"),
         ["is not that of a tensor", "[[["],
     ),
     "number of 5000 digits": (packed(b'{"a":' + b"9" * 5000 + b"}"), ["its header is not JSON: Exceeds"]),
@@ -278,15 +279,17 @@ TABLES = st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), ENTRIES 
 
 @given(st.binary(max_size=200) | mutated() | st.builds(table, TABLES, st.binary(max_size=40)))
 @example(SOUND)
+@settings(deadline=None)
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(data)
     try:
         header = read_header(path)
     except CheckpointError as error:
-        assert error.problems
-        str(error).encode()
-    else:
-        spans = sorted((item.offset, item.offset + item.spec.nbytes) for item in header.entries.values())
-        start = 8 + int.from_bytes(data[:8], "little")
-        assert [start, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(data)]
+        str(error).encode()  # raises for a message that cannot be printed
+        return
+    spans = sorted((item.offset, item.offset + item.spec.nbytes) for item in header.entries.values())
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert [start, *(end for _, end in spans)] == [*(begin for begin, _ in spans), len(data)]
+    # Whatever is read here, the library opens too.
+    assert {name for name, _ in safetensors.deserialize(data)} == set(header.entries)

@@ -6,14 +6,15 @@ Axis letters: l layer, e expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from mla_tools.architectures.geometry import OPEN, Geometry, label
 from mla_tools.ops import SplitKvB, Stack
 from mla_tools.quantization import QuantSpec
-from mla_tools.rules import Domain, Drop, Name, Param, Rule
+from mla_tools.rules import Domain, Drop, Param, Rule
+from mla_tools.rules import name as template
 
 __all__ = [
     "Family",
@@ -37,10 +38,8 @@ Shape = tuple[int, ...]
 ROUTER_SPEC = QuantSpec("affine", 8, 64)
 
 
-class Builder(Protocol):
-    """Makes the rules and drops of a family for one config."""
-
-    def __call__(self, geometry: Geometry) -> tuple[list[Rule], list[Drop]]: ...
+# Makes the rules and drops of a family for one config.
+Builder = Callable[[Geometry], tuple[list[Rule], list[Drop]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Family:
 
     `model_type` names mlx-lm's class. `defaults` are keys that this class needs and that checkpoints
     leave out, with the value that the reference implementation uses then. `architectures` recognise a
-    config without a model_type. `sample` is a config in the hub's spelling.
+    config without a model_type. `sample` is a config in the hub's spelling, and `float32` are the
+    endings of the tensors that the hub's checkpoints store in F32.
     """
 
     name: str
@@ -58,9 +58,12 @@ class Family:
     sample: Mapping[str, Any]
     defaults: Mapping[str, Any] | None = None
     architectures: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ("e_score_correction_bias", "inv_freq")
 
 
-def linear(name: str, shape: Shape, where: Where, target: str | None = None, *, bias: bool = False) -> list[Rule]:
+def linear(
+    name: str, shape: Shape, where: Where, target: str | None = None, *, bias: bool = False
+) -> list[Rule]:
     """Return the rules of a linear layer or an embedding: a quantizable weight, maybe a bias."""
     weight = _rule(name, shape, where, target, Param(quantizable=True))
     if not bias:
@@ -197,7 +200,7 @@ def mtp_layers(g: Geometry, layer: Iterable[Rule], *, key: str = "num_hidden_lay
     where = {"l": range(count, OPEN)}
     reason = f"multi-token prediction, not part of the model's {count} layers ({key} in config.json)"
     prefix = "model.layers.{l}"
-    own = {
+    own: dict[str, Shape] = {
         "eh_proj": (hidden, hidden * 2),
         "enorm": (hidden,),
         "hnorm": (hidden,),
@@ -205,14 +208,14 @@ def mtp_layers(g: Geometry, layer: Iterable[Rule], *, key: str = "num_hidden_lay
         "shared_head.head": (vocab, hidden),
         "embed_tokens": (vocab, hidden),
     }
-    shapes = {f"{prefix}.{name}.weight": shape for name, shape in own.items()}
+    shapes: dict[str, Shape] = {f"{prefix}.{name}.weight": shape for name, shape in own.items()}
     shapes |= {text: shape for rule in layer for text, shape in zip(rule.source, rule.shapes, strict=True)}
     indices = {name: domain for rule in layer for name, domain in rule.where.items()}
     return [
         Drop(
             text,
             reason,
-            {index: where.get(index, indices.get(index, range(0))) for index in Name(text).indices},
+            {index: where.get(index, indices.get(index, range(0))) for index in template(text).indices},
             shape,
             marker=f"{prefix}.eh_proj.weight",
         )
@@ -220,9 +223,8 @@ def mtp_layers(g: Geometry, layer: Iterable[Rule], *, key: str = "num_hidden_lay
     ]
 
 
-def rotary_buffers(g: Geometry) -> list[Drop]:
+def rotary_buffers(g: Geometry, *, usual: bool) -> list[Drop]:
     """Return the drop of stored rotary frequencies, which every class computes itself."""
     shape = (g.dim("qk_rope_head_dim") // 2,)
     text = "model.layers.{l}.self_attn.rotary_emb.inv_freq"
-    return [Drop(text, "rotary buffer, computed from rope_theta", {"l": range(OPEN)}, shape)]
-
+    return [Drop(text, "rotary buffer, computed from rope_theta", {"l": g.layers()}, shape, usual=usual)]

@@ -21,10 +21,11 @@ FAMILY = blocks.Family(
     "deepseek_v2",
     build,
     {
-        **{k: v for k, v in deepseek_v3.SAMPLE.items() if k not in ("q_lora_rank", "num_nextn_predict_layers")},
+        **deepseek_v3.SAMPLE,
         "model_type": "deepseek_v2",
         "architectures": ["DeepseekV2ForCausalLM"],
         "q_lora_rank": None,
+        "num_nextn_predict_layers": 0,
         "n_shared_experts": 2,
         "n_group": 1,
         "topk_group": 1,

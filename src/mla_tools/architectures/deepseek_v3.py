@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
@@ -17,6 +18,7 @@ def decoder(
     *,
     correction: bool = True,
     mtp: bool = True,
+    rotary: bool = False,
 ) -> tuple[list[Rule], list[Drop]]:
     """Return the table of a DeepSeek-style decoder; the later families differ in the attention alone."""
     hidden, inner = g.dim("hidden_size"), g.dim("moe_intermediate_size")
@@ -38,7 +40,7 @@ def decoder(
 
     rules = blocks.embeddings(g) + common(g.layers())
     rules += blocks.mlp(mlp, hidden, g.dim("intermediate_size"), {"l": dense})
-    drops = blocks.rotary_buffers(g)
+    drops = blocks.rotary_buffers(g, usual=rotary)
     layer = common(g.layers())
     if g.config.get("n_routed_experts"):
         rules += moe(sparse)
@@ -92,5 +94,12 @@ SAMPLE = {
     "torch_dtype": "bfloat16",
 }
 
-FAMILY = blocks.Family("deepseek_v3", "deepseek_v3", decoder, SAMPLE, architectures=("DeepseekV3ForCausalLM",))
-KIMI_K2 = blocks.Family("kimi_k2", "kimi_k2", decoder, {**SAMPLE, "model_type": "kimi_k2"})
+FAMILY = blocks.Family(
+    "deepseek_v3", "deepseek_v3", decoder, SAMPLE, architectures=("DeepseekV3ForCausalLM",)
+)
+KIMI_K2 = blocks.Family(
+    "kimi_k2",
+    "kimi_k2",
+    partial(decoder, rotary=True),
+    {**SAMPLE, "model_type": "kimi_k2", "n_group": 1, "num_nextn_predict_layers": 0},
+)

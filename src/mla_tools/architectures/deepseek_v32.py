@@ -41,4 +41,6 @@ FAMILY = blocks.Family(
         "index_topk": 2048,
     },
     architectures=("DeepseekV32ForCausalLM",),
+    # All norms, unlike V3; the indexer's k_norm is a LayerNorm.
+    float32=("e_score_correction_bias", "norm.weight", "norm.bias"),
 )

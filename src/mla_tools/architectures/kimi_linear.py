@@ -69,7 +69,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
             rules += blocks.mlp(
                 f"{theirs}.shared_experts", hidden, inner * shared, where, f"{ours}.shared_experts"
             )
-    drops = blocks.rotary_buffers(g)
+    drops = blocks.rotary_buffers(g, usual=False)
     if _tied(g):
         shape = (g.dim("vocab_size"), hidden)
         drops.append(Drop("lm_head.weight", "tied to the embedding (tie_word_embeddings)", {}, shape))
@@ -137,4 +137,5 @@ FAMILY = blocks.Family(
     # mlx-lm's ModelArgs asks for the key and never reads it.
     defaults={"model_max_length": 4096},
     architectures=("KimiLinearForCausalLM",),
+    float32=("A_log", "dt_bias"),
 )

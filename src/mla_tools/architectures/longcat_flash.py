@@ -112,6 +112,8 @@ _SAMPLE: dict[str, Any] = {
 
 _DEFAULTS = {"attention_bias": False, "attention_method": "MLA", "zero_expert_type": "identity"}
 
+_FLOAT32 = ("classifier.weight", "e_score_correction_bias")
+
 FAMILY = blocks.Family(
     "longcat_flash",
     "longcat_flash",
@@ -119,6 +121,7 @@ FAMILY = blocks.Family(
     _SAMPLE,
     defaults={**_DEFAULTS, "model_type": "longcat_flash"},
     architectures=("LongcatFlashForCausalLM",),
+    float32=_FLOAT32,
 )
 NGRAM = blocks.Family(
     "longcat_flash_ngram",
@@ -134,4 +137,5 @@ NGRAM = blocks.Family(
     },
     defaults={**_DEFAULTS, "model_type": "longcat_flash_ngram"},
     architectures=("LongcatFlashNgramForCausalLM",),
+    float32=_FLOAT32,
 )

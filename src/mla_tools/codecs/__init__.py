@@ -18,7 +18,17 @@ from mla_tools.codecs.mlx_quantized import MlxQuantized
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["Claim", "Codec", "Dense", "Fp8Block", "MlxQuantized", "Module", "bundle", "part_name", "repacking"]
+__all__ = [
+    "Claim",
+    "Codec",
+    "Dense",
+    "Fp8Block",
+    "MlxQuantized",
+    "Module",
+    "bundle",
+    "part_name",
+    "repacking",
+]
 
 # Formats that bundle several stored tensors; what none of them takes is dense or unknown.
 BUNDLING = (fp8.claim, mlx_quantized.claim)
@@ -56,7 +66,9 @@ def _why_not(leaf: str, module: Module) -> str:
         return f"{dtype} without a scale ({leaf}_scale_inv)"
     if dtype == "U32" and "scales" not in module.leaves:
         return "packed codes (U32) without scales"
-    return f"no format known here stores a tensor in {dtype} with {', '.join(sorted(module.leaves))} beside it"
+    return (
+        f"no format known here stores a tensor in {dtype} with {', '.join(sorted(module.leaves))} beside it"
+    )
 
 
 def repacking(source: Codec, target: Codec) -> Callable[[Parts], Parts] | None:

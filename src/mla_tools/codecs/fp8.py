@@ -65,8 +65,8 @@ class Fp8Block:
         # For samples: the scale maps the largest value of a block to 448, the largest E4M3.
         rows, width = array.shape
         down, across = -rows % self.block, -width % self.block
-        values = mx.pad(array.astype(mx.float32), ((0, down), (0, across)))
-        tiles = values.reshape((rows + down) // self.block, self.block, (width + across) // self.block, self.block)
+        values = mx.pad(array.astype(mx.float32), [(0, down), (0, across)])
+        tiles = values.reshape(values.shape[0] // self.block, self.block, -1, self.block)
         scales = mx.maximum(mx.abs(tiles).max(axis=(1, 3)), 1e-12) / 448.0
         codes = mx.to_fp8(tiles / scales[:, None, :, None]).reshape(values.shape)[:rows, :width]
         return {"weight": mx.contiguous(codes), "_scale_inv": scales}

@@ -425,7 +425,10 @@ class Writer:
         return self._written
 
     def write(self, name: str, start: int, data: Any) -> None:
-        """Write a contiguous bytes-like object at byte `start` of a tensor. May be called by any thread."""
+        """Write a contiguous buffer at byte `start` of a tensor; any thread may call this.
+
+        numpy lends no buffer of an ml_dtypes array: pass its `view(np.uint8)`.
+        """
         if name not in self._layout.nbytes:
             raise MlaToolsError(f"{shown(name)}: {self.path.name} has no place for this tensor")
         view = memoryview(data)

@@ -1,0 +1,287 @@
+"""mla-sanitize: the command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mla_tools import report
+from mla_tools.architectures import MODEL_TYPES
+from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
+from mla_tools.execute import THREADS, check_output, execute
+from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.files.hub import local_folder
+from mla_tools.plan import EmbedQ, Options, Plan, make_plan, make_steps
+from mla_tools.quantization import MODES, RECIPES, QuantSpec
+from mla_tools.sample import FORMATS, write_sample
+from mla_tools.spec import DType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["main"]
+
+_DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
+
+_DESCRIPTION = """\
+Turn downloaded checkpoints of MLA models into ones that run on MLX.
+
+  mla-sanitize inspect DIR                      what is this, and is anything wrong with it?
+  mla-sanitize plan DIR -q                      what would a conversion to 4 bits do?
+  mla-sanitize convert DIR --mlx-path OUT -q    do it
+  mlx_lm.generate --model OUT --prompt "..."    run it
+"""
+
+_EPILOG = """\
+exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage
+"""
+
+_CONVERT = """\
+Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
+(config.json, safetensors, tokenizer) or the name of a repository there. Everything that is wrong with
+it is reported in one go before a byte is written; the options mean what they mean to mlx_lm.convert.
+"""
+
+_CONVERT_EPILOG = """\
+examples:
+  mla-sanitize convert DeepSeek-V3 --mlx-path DeepSeek-V3-4bit -q
+  mla-sanitize convert GLM-4.7-Flash -q --q-bits 8 --q-group-size 32
+  mla-sanitize convert GLM-4.7-Flash -q --q-mode mxfp4
+  mla-sanitize convert Kimi-Linear-48B --dtype float16
+
+A quantized source keeps its own encoding unless -q asks for another or -d for none. Of a quantized
+kv_b_proj the V half always keeps its bits; the K half changes its axis, and --embed-q says how it is
+encoded then.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 checkpoint or result wrong, 2 usage."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has said what it had to say
+        return int(stop.code or 0)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except MlaToolsError as error:
+        if args.json:
+            print(json.dumps(report.error_json(error), indent=2))
+        _say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was left behind")
+        return 130
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# --- the commands ------------------------------------------------------------------------------------
+
+
+def _convert(args: argparse.Namespace) -> int:
+    options = _options(args)
+    out = Path(args.mlx_path)
+    check_output(out)
+    plan = _plan_of(args, options)
+    from mla_tools.verify import ManifestCheck
+
+    shapes = {name: spec.shape for file in plan.files for name, spec in file.tensors.items()}
+    check = ManifestCheck(plan.config, shapes)
+    try:
+        with _bar(plan) as progress:
+            execute(plan, out, progress=progress, agrees=check.wait)
+    finally:
+        check.cancel()
+    if args.json:
+        print(json.dumps({"output": str(out), **report.plan_json(plan, THREADS)}, indent=2))
+    else:
+        print(report.summary_text(plan, out))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = _plan_of(args, _options(args))
+    print(json.dumps(report.plan_json(plan, THREADS), indent=2) if args.json else report.plan_text(plan))
+    return 0
+
+
+def _plan_of(args: argparse.Namespace, options: Options) -> Plan:
+    return make_plan(open_checkpoint(local_folder(_source(args), args.revision)), options)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    checkpoint = open_checkpoint(local_folder(_source(args), args.revision))
+    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
+    made = make_steps(stored, checkpoint.config, Options(), lost=checkpoint.lost)
+    problems = [*checkpoint.problems, *made.problems]
+    error = CheckpointError(problems) if problems else None
+    survey = report.survey_json(checkpoint, made)
+    print(json.dumps(survey, indent=2) if args.json else report.survey_text(survey, error))
+    return 1 if problems else 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    folder = Path(args.folder)
+    write_sample(args.family, folder, args.format, seed=args.seed)
+    if args.json:
+        print(json.dumps({"output": str(folder), "family": args.family, "format": args.format}))
+    else:
+        print(f"A random {args.family} checkpoint in {args.format} is in {folder}.")
+    return 0
+
+
+@contextmanager
+def _bar(plan: Plan) -> Iterator[Callable[[int], None]]:
+    """Show bytes and time left on a terminal; stay silent elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as SpeedColumn
+
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), SpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("writing", total=plan.nbytes)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+# --- the options -------------------------------------------------------------------------------------
+
+
+def _source(args: argparse.Namespace) -> str:
+    given = [path for path in (args.source, args.hf_path) if path]
+    if len(given) != 1:
+        raise UsageError("Name one checkpoint: as SRC, or with --hf-path.")
+    return str(given[0])
+
+
+def _options(args: argparse.Namespace) -> Options:
+    details = {"--q-bits": args.q_bits, "--q-group-size": args.q_group_size, "--q-mode": args.q_mode}
+    given = [flag for flag, value in details.items() if value is not None]
+    if given and not args.quantize:
+        raise UsageError(f"{', '.join(given)} says how to quantize; it needs -q.")
+    spec = QuantSpec(args.q_mode or "affine", args.q_bits, args.q_group_size) if args.quantize else None
+    return Options(
+        quantize=spec,
+        recipe=args.quant_predicate,
+        dtype=_DTYPES[args.dtype] if args.dtype else None,
+        dequantize=args.dequantize,
+        embed_q=_embed_q(args.embed_q),
+    )
+
+
+def _embed_q(text: str) -> EmbedQ:
+    if text == "source":
+        return "source"
+    if text == "float":
+        return "float"
+    return QuantSpec.parse(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "mla-sanitize", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
+    )
+    parser.add_argument("--version", action="version", version=f"mla-sanitize {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a folder that mlx_lm.load opens",
+        description=_CONVERT,
+        epilog=_CONVERT_EPILOG,
+        formatter_class=raw,
+    )
+    _add_source(convert)
+    _add_conversion(convert)
+    convert.set_defaults(run=_convert)
+
+    plan = commands.add_parser(
+        "plan",
+        help="show what convert would do; writes nothing",
+        description="Show what `convert` with the same options would do, from the headers alone.",
+        formatter_class=raw,
+    )
+    _add_source(plan)
+    _add_conversion(plan)
+    plan.set_defaults(run=_plan)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is this: family, geometry, formats, sizes, problems",
+        description="Say what a checkpoint is, from the headers alone. Exit code 1 if anything is wrong.",
+    )
+    _add_source(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    sample = commands.add_parser(
+        "sample",
+        help="write a tiny random checkpoint in the hub's layout",
+        description="Write a tiny random checkpoint in the hub's real layout, with a tiny tokenizer.",
+    )
+    sample.add_argument("family", metavar="FAMILY", choices=sorted(MODEL_TYPES), help=", ".join(MODEL_TYPES))
+    sample.add_argument("folder", metavar="DIR", help="the folder to write; must not exist")
+    sample.add_argument("--format", choices=list(FORMATS), default="bf16", help="default: %(default)s")
+    sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    _add_json(sample)
+    sample.set_defaults(run=_sample)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", nargs="?", help="checkpoint folder or hub repository")
+    parser.add_argument("--hf-path", "--model", metavar="SRC", help="the same, as mlx_lm.convert calls it")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+
+
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mlx-path", metavar="OUT", default="mlx_model", help="folder to write; must not exist")
+    add("-q", "--quantize", action="store_true", help="quantize the weights")
+    add("--q-bits", type=int, help="bits per weight (default: 4; mxfp8: 8)")
+    add("--q-group-size", type=int, help="weights per scale (default: affine 64, mxfp4/mxfp8 32, nvfp4 16)")
+    add("--q-mode", choices=sorted(MODES), help="default: affine")
+    add("--quant-predicate", choices=RECIPES, help="mixed-bit recipe; needs -q")
+    add(
+        "--dtype",
+        choices=list(_DTYPES),
+        help="of what is not quantized (default: torch_dtype in config.json)",
+    )
+    add("-d", "--dequantize", action="store_true", help="decode a quantized checkpoint to floats")
+    add(
+        "--embed-q",
+        metavar="source|float|BITS[,GROUP[,MODE]]",
+        default="8,32",
+        help="encoding of the K half of a quantized kv_b_proj (default: %(default)s)",
+    )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="accepted because mlx_lm.convert has it; no code of a checkpoint is ever run",
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("mla-tools")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Plans, surveys and errors for people and for machines."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mla_tools.errors import CheckpointError, MlaToolsError, fold_names
+from mla_tools.files.checkpoint import Checkpoint
+from mla_tools.plan import Plan, Source, Step, Steps
+from mla_tools.rules import short
+
+__all__ = [
+    "error_json",
+    "human_bytes",
+    "plan_json",
+    "plan_text",
+    "summary_text",
+    "survey_json",
+    "survey_text",
+]
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def human_bytes(count: int) -> str:
+    """Return a number of bytes in decimal units, as disks and the hub count them: "688.6 GB"."""
+    value = float(count)
+    for unit in _UNITS[:-1]:
+        if value < 999.95 or unit == _UNITS[-1]:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} {_UNITS[-1]}"
+
+
+def plan_text(plan: Plan) -> str:
+    """Return a plan as lines in which tensors that differ in their indices alone are one."""
+    tensors = sum(len(step.targets) for step in plan.steps)
+    stored = len(plan.checkpoint.tensors)
+    lines = [
+        f"{plan.family.name}: {stored:,} stored tensors, {human_bytes(plan.source_nbytes)}"
+        f" -> {tensors:,} tensors, {human_bytes(plan.nbytes)} in {_count(len(plan.files), 'file')}",
+        "",
+        *_step_lines(plan.steps),
+    ]
+    if plan.drops:
+        lines += ["", f"dropped: {_count(len(plan.drops), 'tensor')}"]
+        lines += _drop_lines(plan)
+    if plan.config_changes:
+        lines += ["", "config.json", *(f"  {line}" for line in plan.config_changes)]
+    if plan.notes:
+        lines += ["", "notes", *(f"  {line}" for line in plan.notes)]
+    return "\n".join(lines)
+
+
+def summary_text(plan: Plan, folder: Path) -> str:
+    """Return what a finished conversion did, in a few lines."""
+    words = Counter(target.exactness for step in plan.steps for target in step.targets)
+    counts = ", ".join(f"{count:,} {word}" for word, count in words.most_common())
+    lines = [
+        f"{folder}: {plan.family.name}, {human_bytes(plan.nbytes)} in {_count(len(plan.files), 'file')}",
+        f"  {_count(words.total(), 'tensor')}: {counts}; {len(plan.drops):,} dropped",
+    ]
+    return "\n".join(lines + [f"  {note}" for note in plan.notes])
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def _step_lines(steps: Sequence[Step]) -> list[str]:
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for step in steps:
+        before = _formats(step.sources)
+        for target in step.targets:
+            after = target.codec.word
+            change = after if before == after else f"{before} -> {after}"
+            shape = f"[{', '.join(map(str, target.spec.shape))}]"
+            groups[target.exactness, change, shape].append(short(target.name))
+    rows = []
+    for (word, change, shape), names in groups.items():
+        for line in fold_names(names):
+            rows.append((word, change, shape, line))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
+    lines = []
+    for row in rows:
+        left = "  ".join(text.ljust(width) for text, width in zip(row[:3], widths, strict=True))
+        lines.append(f"{left}  {row[3]}")
+    return lines + _origin_lines(steps)
+
+
+def _formats(sources: Iterable[Source]) -> str:
+    return " + ".join(dict.fromkeys(source.codec.word for source in sources))
+
+
+def _origin_lines(steps: Sequence[Step]) -> list[str]:
+    """Return what is renamed or reshaped: one line for each group of sources and targets."""
+    groups: dict[str, tuple[list[str], list[str]]] = {}
+    for step in steps:
+        names = [short(source.name) for source in step.sources]
+        targets = [short(target.name) for target in step.targets]
+        if names == targets:
+            continue
+        key = f"{type(step.op).__name__} {_words(targets)} {_words(names[:1])}"
+        held = groups.setdefault(key, ([], []))
+        held[0].extend(names)
+        held[1].extend(targets)
+    if not groups:
+        return []
+    lines = ["", "made from"]
+    for names, targets in groups.values():
+        lines.append(f"  {', '.join(fold_names(targets))}")
+        lines.append(f"    <- {', '.join(fold_names(names))}")
+    return lines
+
+
+def _words(names: Iterable[str]) -> str:
+    return " ".join("".join(c for c in name if not c.isdigit()) for name in names)
+
+
+def _drop_lines(plan: Plan) -> list[str]:
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for drop in plan.drops:
+        reasons[drop.reason].append(short(drop.source.name))
+    lines = []
+    for reason, names in reasons.items():
+        lines.append(f"  {reason}")
+        lines += [f"    {line}" for line in fold_names(sorted(names))]
+    return lines
+
+
+def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """Return a plan as plain values, every tensor by name."""
+    return {
+        "family": plan.family.name,
+        "source": {
+            "path": str(plan.checkpoint.folder),
+            "stored_tensors": len(plan.checkpoint.tensors),
+            "bytes": plan.source_nbytes,
+        },
+        "tensors": [
+            {
+                "name": target.name,
+                "shape": list(target.spec.shape),
+                "from": _formats(step.sources),
+                "to": target.codec.word,
+                "exactness": target.exactness,
+                "sources": [source.name for source in step.sources],
+                "stored": {
+                    name: {"shape": list(spec.shape), "dtype": spec.dtype.name}
+                    for name, spec in target.stored().items()
+                },
+            }
+            for step in plan.steps
+            for target in step.targets
+        ],
+        "dropped": [{"name": drop.source.name, "reason": drop.reason} for drop in plan.drops],
+        "files": [{"name": file.name, "bytes": file.layout.size} for file in plan.files],
+        "copied_files": [path.name for path in plan.checkpoint.companions],
+        "bytes": plan.nbytes,
+        "parameters": plan.parameters,
+        "peak_bytes": plan.peak_bytes(threads),
+        "config": plan.config,
+        "config_changes": list(plan.config_changes),
+        "notes": list(plan.notes),
+    }
+
+
+# --- inspect -----------------------------------------------------------------------------------------
+
+# The config keys that say how large a model is, in the order in which people name them.
+_GEOMETRY = (
+    "num_hidden_layers",
+    "num_layers",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts",
+    "moe_intermediate_size",
+    "expert_ffn_hidden_size",
+    "num_nextn_predict_layers",
+)
+
+
+def survey_json(checkpoint: Checkpoint, made: Steps) -> dict[str, Any]:
+    """Return what a checkpoint is: family, geometry, formats with counts and bytes, problems, notes."""
+    sources = [source for step in made.steps for source in step.sources]
+    sources += [drop.source for drop in made.drops]
+    formats: dict[str, Counter[str]] = defaultdict(Counter)
+    for source in sources:
+        nbytes = sum(checkpoint.tensors[name].spec.nbytes for name in source.parts.values())
+        formats[source.codec.word].update(tensors=1, bytes=nbytes)
+    config = checkpoint.config
+    return {
+        "path": str(checkpoint.folder),
+        "family": made.family.name,
+        "geometry": {key: config[key] for key in _GEOMETRY if config.get(key) is not None},
+        "files": len(checkpoint.shards),
+        "stored_tensors": len(checkpoint.tensors),
+        "bytes": sum(stored.spec.nbytes for stored in checkpoint.tensors.values()),
+        "formats": {word: dict(counts) for word, counts in formats.items()},
+        "dropped": len(made.drops),
+        "notes": [*checkpoint.notes, *made.notes],
+        "problems": [asdict(problem) for problem in (*checkpoint.problems, *made.problems)],
+    }
+
+
+def survey_text(survey: dict[str, Any], error: CheckpointError | None) -> str:
+    """Return a survey as lines."""
+    lines = [
+        f"{survey['path']}: {survey['family']}, {survey['stored_tensors']:,} stored tensors, "
+        f"{human_bytes(survey['bytes'])} in {_count(survey['files'], 'file')}",
+        "",
+        "geometry",
+        *(f"  {key:<26} {value}" for key, value in survey["geometry"].items()),
+    ]
+    if survey["formats"]:
+        lines += ["", "formats"]
+        for word, counts in survey["formats"].items():
+            lines.append(f"  {word:<26} {counts['tensors']:>9,} tensors  {human_bytes(counts['bytes']):>10}")
+    if survey["dropped"]:
+        dropped = _count(survey["dropped"], "tensor")
+        lines += ["", f"not part of the model: {dropped} (mla-sanitize plan lists them)"]
+    if survey["notes"]:
+        lines += ["", "notes", *(f"  {line}" for line in survey["notes"])]
+    lines += ["", str(error) if error else "no problems"]
+    return "\n".join(lines)
+
+
+def error_json(error: MlaToolsError) -> dict[str, Any]:
+    """Return an error as plain values; a checkpoint's problems one by one."""
+    problems = error.problems if isinstance(error, CheckpointError) else ()
+    return {"error": str(error), "problems": [asdict(problem) for problem in problems]}

@@ -1,0 +1,216 @@
+"""Tiny random checkpoints in the hub's real layout, for demos, tests and bug reports.
+
+They are made by running a family's table backwards: random values for every tensor of the model, the
+inverse of each rule, and the format asked for. So they need neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mla_tools.architectures import MODEL_TYPES, Family, table_of
+from mla_tools.architectures.geometry import OPEN
+from mla_tools.codecs import Codec, Dense, Fp8Block, part_name
+from mla_tools.errors import MlaToolsError, UsageError
+from mla_tools.files.safetensors import Writer, layout
+from mla_tools.rules import Drop, Param, Table, name
+from mla_tools.spec import DType, Spec
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import numpy as np
+
+__all__ = ["FORMATS", "write_sample", "write_tokenizer"]
+
+# --format -> the codec of the linear layers. Everything else is bf16, or float as the codec is.
+FORMATS: dict[str, Codec] = {
+    "bf16": Dense(DType.BF16),
+    "f16": Dense(DType.F16),
+    "f32": Dense(DType.F32),
+    "fp8": Fp8Block(),
+}
+
+# What FP8 checkpoints leave in bf16, by the ending of the module's name.
+# Source: the header listings of DeepSeek V3 and V3.2.
+_NEVER_FP8 = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", "mlp.gate")
+
+_EOS = "<|end|>"
+
+
+def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0, shards: int = 2) -> None:
+    """Write a checkpoint folder of a family: config, weights in shards with an index, tokenizer.
+
+    The same arguments give the same bytes. Raises UsageError for an unknown family or format, and
+    MlaToolsError if the folder exists.
+    """
+    if family not in MODEL_TYPES:
+        raise UsageError(f"{family}: no such family; known are {', '.join(MODEL_TYPES)}")
+    if fmt not in FORMATS:
+        raise UsageError(f"{fmt}: no such format; known are {', '.join(FORMATS)}")
+    if folder.exists():
+        raise MlaToolsError(f"{folder} already exists; a sample is written to a new folder.")
+    config = dict(MODEL_TYPES[family].sample)
+    found, table = table_of(config)
+    stored: dict[str, mx.array] = {}
+    for tensor, array in _tensors(table, config, seed).items():
+        codec, dtype = _format(tensor, array, found, fmt)
+        for part, value in codec.encode(array.astype(dtype)).items():
+            stored[part_name(tensor, part)] = value
+    if fmt == "fp8":
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        }
+    elif fmt != "bf16":
+        config["torch_dtype"] = {"f16": "float16", "f32": "float32"}[fmt]
+    folder.mkdir(parents=True)
+    _write_shards(folder, stored, shards)
+    _write_json(folder / "config.json", config)
+    write_tokenizer(folder)
+
+
+def _tensors(table: Table, config: Mapping[str, Any], seed: int) -> dict[str, mx.array]:
+    """Return random values for every tensor that a checkpoint of this config holds, in float32."""
+    import mlx.core as mx
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    known = table.targets()
+    tensors: dict[str, mx.array] = {}
+    for rule in table.inverse().rules:
+        for key in rule.applications():
+            arrays = [mx.array(_values(rng, source, *known[source])) for source in rule.sources(key)]
+            tensors |= zip(rule.targets(key), rule.op.apply(arrays), strict=True)
+    for drop in table.drops:
+        if drop.usual and drop.shape is not None:
+            for tensor in _dropped(drop, config):
+                tensors[tensor] = mx.array(_values(rng, tensor, drop.shape, Param()))
+    return tensors
+
+
+def _dropped(drop: Drop, config: Mapping[str, Any]) -> list[str]:
+    """Return the names that a drop stands for in a checkpoint whose MTP layers the config counts."""
+    count = config.get("num_nextn_predict_layers", 1)
+    template = name(drop.source)
+    # An open range is one of MTP layers.
+    domains = [
+        range(domain.start, domain.start + count)
+        if isinstance(domain, range) and domain.stop == OPEN
+        else sorted(domain)
+        for domain in (drop.where[index] for index in template.indices)
+    ]
+    return [template.format(dict(zip(template.indices, values, strict=True))) for values in product(*domains)]
+
+
+def _values(
+    rng: np.random.Generator, tensor: str, shape: tuple[int, ...], param: Param
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return values of a size at which a random model's logits stay finite and differ."""
+    import numpy as np
+
+    values = rng.standard_normal(shape, dtype=np.float32)
+    if tensor.endswith("A_log"):
+        return np.log(1 + 15 * rng.random(shape, dtype=np.float32))
+    if tensor.endswith("norm.weight"):
+        return 1 + values / np.float32(10)
+    if len(shape) < 2:
+        return values / np.float32(10)
+    return values / np.float32(math.sqrt(shape[-1]))
+
+
+def _format(tensor: str, array: mx.array, family: Family, fmt: str) -> tuple[Codec, Any]:
+    """Return how a tensor is stored in the real checkpoints of a format, and its float dtype."""
+    import mlx.core as mx
+
+    codec = FORMATS[fmt]
+    if isinstance(codec, Dense):
+        dtype = codec.dtype
+    else:
+        dtype = DType.BF16
+        module = tensor.removesuffix(".weight")
+        if module == tensor or array.ndim != 2 or module.endswith(_NEVER_FP8):
+            codec = Dense(dtype)
+    if tensor.endswith(family.float32):
+        return Dense(DType.F32), mx.float32
+    return codec, getattr(mx, dtype.mlx)
+
+
+def _write_shards(folder: Path, stored: Mapping[str, mx.array], count: int) -> None:
+    import mlx.core as mx
+    import numpy as np
+
+    names = sorted(stored)
+    weight_map = {}
+    for number in range(count):
+        # Every count-th name, so that a weight and its scale lie in different files, as they may.
+        held = names[number::count]
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        specs = {tensor: _spec(tensor, stored[tensor]) for tensor in held}
+        writer = Writer(folder / file, layout(specs, {"format": "pt"}))
+        for tensor in held:
+            flat = mx.contiguous(stored[tensor]).reshape(-1).view(mx.uint8)
+            writer.write(tensor, 0, np.array(flat, copy=False))
+            weight_map[tensor] = file
+        writer.finish()
+    total = sum(array.nbytes for array in stored.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _spec(tensor: str, array: mx.array) -> Spec:
+    import mlx.core as mx
+
+    dtypes = {mx.float32: DType.F32, mx.float16: DType.F16, mx.bfloat16: DType.BF16, mx.uint8: DType.F8_E4M3}
+    return Spec(tuple(array.shape), dtypes[array.dtype])
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes, which knows every text and needs no training: 257 entries."""
+    # The printable stand-ins for bytes that byte-level tokenizers use: bytes that are printable stand
+    # for themselves, the others for the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in letters)}
+    vocab = {letters[byte]: byte for byte in range(256)} | {_EOS: 256}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    _write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": 256, "content": _EOS, **special}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "vocab": vocab,
+                "merges": [],
+            },
+        },
+    )
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _EOS, "model_max_length": 4096},
+    )
+    _write_json(folder / "generation_config.json", {"eos_token_id": 256})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

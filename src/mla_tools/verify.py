@@ -1,0 +1,109 @@
+"""Does an output agree with the model class that will load it?
+
+The class of the installed mlx-lm is asked in a child process, because importing mlx_lm costs seconds
+and hundreds of megabytes that a converter has no other use for. The child builds the module tree,
+which is lazy and takes no memory, and compares parameter names and shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mla_tools.errors import CheckpointError, MlaToolsError, Problem
+
+__all__ = ["ManifestCheck", "compare", "manifest"]
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
+    """Return the parameters that mlx-lm's class declares for a config, by name with their shapes.
+
+    `stored` are the tensors of the output: as in `mlx_lm.load`, a module is quantized if its scales
+    are among them. Raises whatever mlx-lm raises for a config that it cannot build.
+    """
+    import mlx.core as mx
+    from mlx.nn.layers.quantized import quantize
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes
+
+    # Nothing is computed here, and a GPU is the converter's.
+    mx.set_default_device(mx.cpu)
+    model_class, args_class = _get_classes(dict(config))
+    model = model_class(args_class.from_dict(dict(config)))
+    section = config.get("quantization")
+    if section is not None:
+
+        def how(path: str, module: Any) -> bool | dict[str, Any]:
+            if not hasattr(module, "to_quantized") or f"{path}.scales" not in stored:
+                return False
+            found = section.get(path, True)
+            return dict(found) if isinstance(found, Mapping) else bool(found)
+
+        quantize(
+            model,
+            group_size=section["group_size"],
+            bits=section["bits"],
+            mode=section.get("mode", "affine"),
+            class_predicate=how,
+        )
+    return {name: list(array.shape) for name, array in dict(tree_flatten(model.parameters())).items()}
+
+
+def compare(stored: Shapes, declared: Shapes) -> list[Problem]:
+    """Return every difference between the tensors of an output and the parameters of its class."""
+    problems = []
+    for name in sorted({*stored, *declared}):
+        found, needed = stored.get(name), declared.get(name)
+        if needed is None:
+            problems.append(Problem(name, "mlx-lm's class has no such parameter", "nothing", f"{found}"))
+        elif found is None:
+            problems.append(Problem(name, "mlx-lm's class wants this parameter", f"{needed}", "nothing"))
+        elif list(found) != list(needed):
+            problems.append(Problem(name, "has another shape in mlx-lm's class", f"{needed}", f"{found}"))
+    return problems
+
+
+class ManifestCheck:
+    """The child process that asks mlx-lm, started now and waited for with `wait`."""
+
+    def __init__(self, config: Mapping[str, Any], stored: Shapes) -> None:
+        self._stored = stored
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "mla_tools.verify"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._question = json.dumps(
+            {"config": dict(config), "stored": {k: list(v) for k, v in stored.items()}}
+        )
+
+    def wait(self) -> None:
+        """Return when mlx-lm agrees; CheckpointError that lists the differences if it does not."""
+        out, err = self._child.communicate(self._question.encode())
+        if self._child.returncode != 0:
+            last = err.decode(errors="replace").strip().splitlines()[-1:]
+            raise MlaToolsError(
+                f"The installed mlx-lm cannot build this model: {last[0] if last else 'no reason given'}"
+            )
+        problems = compare(self._stored, json.loads(out))
+        if problems:
+            raise CheckpointError(problems)
+
+    def cancel(self) -> None:
+        """End the child if it still runs."""
+        self._child.kill()
+        self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout, self._child.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+if __name__ == "__main__":
+    question = json.load(sys.stdin)
+    print(json.dumps(manifest(question["config"], question["stored"])))

@@ -1,0 +1,263 @@
+"""open_checkpoint on the folders that people have: with and without an index, whole and half downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from attacks.hostile import folder_with_config, index, shard
+
+from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.spec import DType, Spec
+
+ONE, TWO, THREE = (f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a config, three shards of two layers each, and the index of them."""
+    folder = folder_with_config(tmp_path / "model", '{"num_hidden_layers": 6, "x": NaN}')
+    places = {}
+    for number, file in enumerate((ONE, TWO, THREE)):
+        names = [f"model.layers.{2 * number + k}.weight" for k in (0, 1)]
+        shard(folder, file, *names)
+        places.update(dict.fromkeys(names, file))
+    index(folder, places)
+    return folder
+
+
+def layers(*numbers: int) -> set[str]:
+    return {f"model.layers.{number}.weight" for number in numbers}
+
+
+def test_a_sound_folder(folder: Path) -> None:
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.folder == folder
+    assert checkpoint.config["num_hidden_layers"] == 6
+    assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5)
+    assert checkpoint.shards == (folder / ONE, folder / TWO, folder / THREE)
+    assert (checkpoint.problems, checkpoint.notes, checkpoint.lost) == ((), (), {})
+    stored = checkpoint.tensors["model.layers.3.weight"]
+    assert (stored.file, stored.spec) == (folder / TWO, Spec((2, 4), DType.BF16))
+    assert stored.offset == (folder / TWO).stat().st_size - 16
+
+
+def test_links_into_a_blob_store_are_followed(folder: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{number:x}")
+        path.symlink_to(blobs / f"{number:x}")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.problems == ()
+    assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5)
+    assert checkpoint.shards == (folder / ONE, folder / TWO, folder / THREE)
+
+
+def test_a_missing_shard_is_one_problem_and_loses_its_tensors(folder: Path) -> None:
+    (folder / TWO).unlink()
+    checkpoint = open_checkpoint(folder)
+    reason = f"{TWO} is listed in the index but is not in the folder"
+    assert [str(problem) for problem in checkpoint.problems] == [
+        f"{TWO}: is listed in the index but is not in the folder\n"
+        "  needed  the file, with 2 tensors (2 x model.layers.{2,3}.weight)\n"
+        f"  Download it into {folder}."
+    ]
+    assert checkpoint.lost == dict.fromkeys(layers(2, 3), reason)
+    assert checkpoint.tensors.keys() == layers(0, 1, 4, 5)
+
+
+def test_a_damaged_shard_loses_its_tensors(folder: Path) -> None:
+    (folder / TWO).write_bytes((folder / TWO).read_bytes()[:-5])
+    checkpoint = open_checkpoint(folder)
+    text = "is truncated: 5 bytes are missing at the end"
+    assert [(problem.subject, problem.what) for problem in checkpoint.problems] == [(TWO, text)]
+    assert checkpoint.lost == dict.fromkeys(layers(2, 3), f"{TWO} is damaged or unreadable: {text}")
+    assert checkpoint.shards == (folder / ONE, folder / THREE)
+
+
+def test_tensors_that_the_index_lacks_are_taken_with_a_note(folder: Path) -> None:
+    scales = [f"model.layers.{layer}.weight_scale" for layer in (2, 3)]
+    shard(folder, TWO, "model.layers.2.weight", "model.layers.3.weight", *scales)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.problems == ()
+    assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5) | set(scales)
+    assert checkpoint.notes == (
+        f"{TWO} holds tensors that the index does not name, taken: "
+        "2 tensors (2 x model.layers.{2,3}.weight_scale)",
+    )
+
+
+def test_a_tensor_that_its_shard_lacks_is_a_problem(folder: Path) -> None:
+    shard(folder, TWO, "model.layers.2.weight")
+    checkpoint = open_checkpoint(folder)
+    (problem,) = checkpoint.problems
+    what = f"the index places it in {TWO}, and it is not there"
+    assert (problem.subject, problem.what) == ("model.layers.3.weight", what)
+    assert problem.found == "in no file that could be read"
+    assert checkpoint.lost == {"model.layers.3.weight": what}
+
+
+def test_a_tensor_in_another_shard_is_a_problem_that_says_where(folder: Path) -> None:
+    shard(folder, TWO, "model.layers.2.weight")
+    shard(folder, THREE, *sorted(layers(3, 4, 5)))
+    checkpoint = open_checkpoint(folder)
+    (problem,) = checkpoint.problems
+    assert problem.subject == "model.layers.3.weight"
+    assert problem.found == f"in {THREE}"
+    assert checkpoint.lost == {}
+    assert checkpoint.tensors["model.layers.3.weight"].file == folder / THREE
+
+
+def test_a_tensor_of_a_missing_shard_that_lies_elsewhere_is_not_lost(folder: Path) -> None:
+    (folder / TWO).unlink()
+    shard(folder, THREE, *sorted(layers(3, 4, 5)))
+    checkpoint = open_checkpoint(folder)
+    assert [problem.subject for problem in checkpoint.problems] == [TWO]
+    assert checkpoint.lost.keys() == layers(2)
+
+
+def test_a_tensor_in_two_shards_is_a_problem_that_names_both(folder: Path) -> None:
+    shard(folder, ONE, *sorted(layers(0, 1, 5)))
+    checkpoint = open_checkpoint(folder)
+    (problem,) = checkpoint.problems
+    assert (problem.subject, problem.what) == ("model.layers.5.weight", "is stored in two files")
+    assert problem.found == f"{ONE} and {THREE}"
+    assert checkpoint.tensors["model.layers.5.weight"].file == folder / THREE  # where the index has it
+
+
+def test_files_that_the_index_does_not_name_are_left_out(folder: Path) -> None:
+    (folder / "consolidated.safetensors").write_bytes(b"not even read")
+    shard(folder, "extra.safetensors", "extra")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.problems == ()
+    assert checkpoint.notes == (
+        "consolidated.safetensors, extra.safetensors: not named by the index, left out",
+    )
+    assert "extra" not in checkpoint.tensors
+
+
+def test_hidden_files_are_ignored(folder: Path) -> None:
+    for name in (f"._{ONE}", "._config.json", ".x.safetensors", "._model.safetensors.index.json"):
+        (folder / name).write_bytes(b"\0\5\26\7")
+    assert open_checkpoint(folder).notes == ()
+    (folder / "model.safetensors.index.json").unlink()
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.notes, checkpoint.problems) == ((), ())
+    assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5)
+
+
+def test_the_only_index_of_another_name_is_used(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").rename(folder / "fp8.safetensors.index.json")
+    (folder / TWO).unlink()
+    assert open_checkpoint(folder).lost.keys() == layers(2, 3)
+
+
+def test_of_several_indexes_the_usual_one_counts_or_none(folder: Path) -> None:
+    index(folder, {"a": "a.safetensors"}, "a.safetensors.index.json")
+    assert open_checkpoint(folder).problems == ()
+    (folder / "model.safetensors.index.json").rename(folder / "b.safetensors.index.json")
+    checkpoint = open_checkpoint(folder)
+    (problem,) = checkpoint.problems
+    assert problem.what == "has several indexes"
+    assert problem.found == "a.safetensors.index.json, b.safetensors.index.json"
+    assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("files", "taken", "note"),
+    [
+        pytest.param(["model.safetensors"], ["model.safetensors"], "", id="one file"),
+        pytest.param(["weights.safetensors"], ["weights.safetensors"], "", id="any name"),
+        pytest.param(["consolidated.safetensors"], ["consolidated.safetensors"], "", id="consolidated alone"),
+        pytest.param(
+            [
+                "adapter_model.safetensors",
+                "consolidated.safetensors",
+                "model.safetensors",
+                "other.safetensors",
+            ],
+            ["model.safetensors"],
+            "adapter_model.safetensors, consolidated.safetensors, other.safetensors: "
+            "not part of model.safetensors, left out",
+            id="model first",
+        ),
+        pytest.param(
+            ["adapters.safetensors", "consolidated-1.safetensors", "a.safetensors", "b.safetensors"],
+            ["a.safetensors", "b.safetensors"],
+            "adapters.safetensors, consolidated-1.safetensors: "
+            "not part of a.safetensors, b.safetensors, left out",
+            id="others next",
+        ),
+    ],
+)
+def test_without_an_index_the_names_decide(
+    tmp_path: Path, files: list[str], taken: list[str], note: str
+) -> None:
+    folder = folder_with_config(tmp_path / "model")
+    for file in files:
+        shard(folder, file, f"tensor of {file}")
+    checkpoint = open_checkpoint(folder)
+    assert [path.name for path in checkpoint.shards] == taken
+    assert checkpoint.tensors.keys() == {f"tensor of {file}" for file in taken}
+    assert checkpoint.notes == ((note,) if note else ())
+    assert checkpoint.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("there", "total", "what", "needed"),
+    [
+        pytest.param([1, 3], 3, "1 of 3 files are missing", "m-00002-of-00003.safetensors", id="hole"),
+        pytest.param([0, 1, 2], 3, "", "", id="from zero"),
+        pytest.param(
+            [0, 2], 3, "1 of 3 files are missing", "m-00001-of-00003.safetensors", id="hole from zero"
+        ),
+        pytest.param([1], 1, "", "", id="one"),
+        pytest.param(
+            [2],
+            20,
+            "19 of 20 files are missing",
+            ", ".join(f"m-{k:05}-of-00020.safetensors" for k in (1, 3, 4, 5, 6, 7, 8, 9)) + " and 11 more",
+            id="many",
+        ),
+    ],
+)
+def test_a_set_of_files_with_holes_names_the_missing(
+    tmp_path: Path, there: list[int], total: int, what: str, needed: str
+) -> None:
+    folder = folder_with_config(tmp_path / "model")
+    for number in there:
+        shard(folder, f"m-{number:05}-of-{total:05}.safetensors", f"t.{number}")
+    problems = open_checkpoint(folder).problems
+    found = [(problem.subject, problem.what, problem.needed) for problem in problems]
+    assert found == ([(f"m-*-of-{total:05}.safetensors", what, needed)] if what else [])
+
+
+def test_companions_are_everything_but_weights(folder: Path) -> None:
+    wanted = [
+        "LICENSE.txt",
+        "chat_template.jinja",
+        "configuration_deepseek.py",
+        "generation_config.json",
+        "merges.txt",
+        "qwen.tiktoken",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tool.jsonl",
+    ]
+    others = [
+        "README.md",
+        "fp8.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        ".gitattributes",
+        "other.model",
+    ]
+    for name in wanted + others:
+        (folder / name).write_text("{}")
+    (folder / "assets.json").mkdir()
+    (folder / "linked.json").symlink_to(folder / "tokenizer.json")
+    (folder / "vocab.json").symlink_to(folder / "nowhere")
+    checkpoint = open_checkpoint(folder)
+    assert [path.name for path in checkpoint.companions] == sorted([*wanted, "linked.json"])
+    assert checkpoint.notes == ("vocab.json is a link to a file that is gone, not copied",)

@@ -1,0 +1,117 @@
+"""Dense checkpoints converted by us and by mlx_lm.convert, compared bit for bit."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import mlx.core as mx
+import pytest
+from mlx_lm.convert import convert as mlx_lm_convert
+
+from mla_tools.architectures import MODEL_TYPES
+from mla_tools.cli import main
+from mla_tools.sample import write_sample
+
+# id -> (our flags, mlx_lm.convert's arguments)
+FLAGS: dict[str, tuple[list[str], dict[str, object]]] = {
+    "plain": ([], {}),
+    "float16": (["--dtype", "float16"], {"dtype": "float16"}),
+    "bfloat16": (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
+    "float32": (["--dtype", "float32"], {"dtype": "float32"}),
+    "affine": (["-q"], {"quantize": True}),
+    "affine_8_32": (
+        ["-q", "--q-bits", "8", "--q-group-size", "32"],
+        {"quantize": True, "q_bits": 8, "q_group_size": 32},
+    ),
+    # 128 divides some last axes and not others: those stay dense.
+    "affine_4_128": (["-q", "--q-group-size", "128"], {"quantize": True, "q_group_size": 128}),
+    "affine_float16": (["-q", "--dtype", "float16"], {"quantize": True, "dtype": "float16"}),
+    "mxfp4": (["-q", "--q-mode", "mxfp4"], {"quantize": True, "q_mode": "mxfp4"}),
+    "mxfp8": (["-q", "--q-mode", "mxfp8"], {"quantize": True, "q_mode": "mxfp8"}),
+    "nvfp4": (["-q", "--q-mode", "nvfp4"], {"quantize": True, "q_mode": "nvfp4"}),
+    **{
+        recipe: (["-q", "--quant-predicate", recipe], {"quantize": True, "quant_predicate": recipe})
+        for recipe in ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+    },
+}
+
+CASES = [(family, flags) for family in MODEL_TYPES for flags in FLAGS] + [
+    ("deepseek_v3-f32", "plain"),
+    ("deepseek_v3-f32", "affine"),
+    ("kimi_linear-f32", "bfloat16"),
+    ("longcat_flash-f32", "mxfp4"),
+]
+
+# mlx_lm.convert's mixed recipes read a layer number out of "model.ngram_embeddings.embedders.0" and
+# end in a ValueError, so there is nothing to compare with.
+CRASHES = {("longcat_flash_ngram", recipe) for recipe in FLAGS if recipe.startswith("mixed")}
+
+
+@cache
+def sample(family: str) -> Path:
+    """Return a dense sample of a family, "-f32" for float32, with the model_type that mlx-lm asks for."""
+    name, _, fmt = family.partition("-")
+    folder = Path(mkdtemp()) / family
+    write_sample(name, folder, fmt or "bf16")
+    config = json.loads((folder / "config.json").read_text())
+    config.setdefault("model_type", MODEL_TYPES[name].model_type)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load(folder: Path) -> dict[str, mx.array]:
+    weights: dict[str, mx.array] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        weights |= mx.load(str(file))
+    return weights
+
+
+def resolved(section: dict[str, object] | None) -> dict[str, object] | None:
+    """Return a quantization config with the defaults written out that mlx-lm leaves to its reader.
+
+    mlx-lm writes no mode where it is affine, and a null group size where a recipe is used and none is
+    given; both are read back as these values. We write them.
+    """
+    if section is None:
+        return None
+
+    def fill(entry: dict[str, object]) -> dict[str, object]:
+        return {**entry, "mode": entry.get("mode", "affine"), "group_size": entry.get("group_size") or 64}
+
+    return {
+        **fill({k: v for k, v in section.items() if not isinstance(v, dict)}),
+        **{k: fill(v) for k, v in section.items() if isinstance(v, dict)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [pytest.param(f, g, id=f"{f}-{g}") for f, g in CASES if (f, g) not in CRASHES],
+)
+def test_equals_mlx_lm_convert(family: str, flags: str, tmp_path: Path) -> None:
+    ours, theirs = FLAGS[flags]
+    source = sample(family)
+    assert main(["convert", str(source), "--mlx-path", str(tmp_path / "ours"), *ours]) == 0
+    mlx_lm_convert(str(source), str(tmp_path / "theirs"), **theirs)
+
+    got, wanted = load(tmp_path / "ours"), load(tmp_path / "theirs")
+    assert got.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert got[name].dtype == array.dtype, name
+        assert got[name].shape == array.shape, name
+        bits = mx.view(got[name], mx.uint8), mx.view(array, mx.uint8)
+        assert mx.array_equal(*bits).item(), name
+    configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("ours", "theirs")]
+    assert resolved(configs[0].get("quantization")) == resolved(configs[1].get("quantization"))
+    assert configs[0].get("quantization") == configs[0].get("quantization_config")
+
+
+@pytest.mark.parametrize(("family", "flags"), sorted(CRASHES))
+def test_recipes_work_where_mlx_lm_ends_in_an_error(family: str, flags: str, tmp_path: Path) -> None:
+    source = sample(family)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        mlx_lm_convert(str(source), str(tmp_path / "theirs"), **FLAGS[flags][1])
+    assert main(["convert", str(source), "--mlx-path", str(tmp_path / "ours"), *FLAGS[flags][0]]) == 0
