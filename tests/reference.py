@@ -296,7 +296,7 @@ FAMILIES: dict[str, Config] = {
 _SALTS = {
     "deepseek_v3": 82,
     "kimi_k2": 151,
-    "deepseek_v32": 316,
+    "deepseek_v32": 71,
     "glm4_moe_lite": 384,
     "kimi_linear": 28,
     "longcat_flash": 324,

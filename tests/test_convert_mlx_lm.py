@@ -9,10 +9,10 @@ from tempfile import mkdtemp
 
 import mlx.core as mx
 import pytest
+from conversion import convert
 from mlx_lm.convert import convert as mlx_lm_convert
 
 from mla_tools.architectures import MODEL_TYPES
-from mla_tools.cli import main
 from mla_tools.sample import write_sample
 
 # id -> (our flags, mlx_lm.convert's arguments)
@@ -56,10 +56,20 @@ def sample(family: str) -> Path:
     name, _, fmt = family.partition("-")
     folder = Path(mkdtemp()) / family
     write_sample(name, folder, fmt or "bf16")
+    if name == "deepseek_v3":
+        remove_mtp_layer(folder)
     config = json.loads((folder / "config.json").read_text())
     config.setdefault("model_type", MODEL_TYPES[name].model_type)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def remove_mtp_layer(folder: Path) -> None:
+    """Remove layer 4 of 4: mlx-lm's class drops the MTP layer of V3 only where its number is 61."""
+    for file in folder.glob("model*.safetensors"):
+        kept = {k: v for k, v in mx.load(str(file)).items() if not k.startswith("model.layers.4.")}
+        mx.save_safetensors(str(file), kept)
+    (folder / "model.safetensors.index.json").unlink()
 
 
 def load(folder: Path) -> dict[str, mx.array]:
@@ -94,7 +104,7 @@ def resolved(section: dict[str, object] | None) -> dict[str, object] | None:
 def test_equals_mlx_lm_convert(family: str, flags: str, tmp_path: Path) -> None:
     ours, theirs = FLAGS[flags]
     source = sample(family)
-    assert main(["convert", str(source), "--mlx-path", str(tmp_path / "ours"), *ours]) == 0
+    convert(source, tmp_path / "ours", *ours)
     mlx_lm_convert(str(source), str(tmp_path / "theirs"), **theirs)
 
     got, wanted = load(tmp_path / "ours"), load(tmp_path / "theirs")
@@ -114,4 +124,4 @@ def test_recipes_work_where_mlx_lm_ends_in_an_error(family: str, flags: str, tmp
     source = sample(family)
     with pytest.raises(ValueError, match="invalid literal for int"):
         mlx_lm_convert(str(source), str(tmp_path / "theirs"), **FLAGS[flags][1])
-    assert main(["convert", str(source), "--mlx-path", str(tmp_path / "ours"), *FLAGS[flags][0]]) == 0
+    convert(source, tmp_path / "ours", *FLAGS[flags][0])

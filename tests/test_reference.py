@@ -405,9 +405,12 @@ def test_config_is_the_hubs() -> None:
 
 @each_family
 def test_tokenizer_loads_offline(family: str) -> None:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint(family, "bf16"))
+    # AutoTokenizer looks at config.json first, and transformers 5.23 cannot read one that has yarn and a
+    # model_type it does not know: the real kimi_k2 fails in the same way unless its own code is run.
+    loader = PreTrainedTokenizerFast if family == "kimi_k2" else AutoTokenizer
+    tokenizer = loader.from_pretrained(checkpoint(family, "bf16"))
     text = "Ü a\n\tmla 9"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == list(text.encode())  # a token is a byte

@@ -24,7 +24,7 @@ from mla_tools.spec import DType
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["main"]
+__all__ = ["main", "options_of", "parser"]
 
 _DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
 
@@ -62,9 +62,8 @@ encoded then.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 checkpoint or result wrong, 2 usage."""
-    parser = _parser()
     try:
-        args = parser.parse_args(argv)
+        args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what it had to say
         return int(stop.code or 0)
     run: Callable[[argparse.Namespace], int] = args.run
@@ -88,7 +87,7 @@ def _say(text: str) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    options = _options(args)
+    options = options_of(args)
     out = Path(args.mlx_path)
     check_output(out)
     plan = _plan_of(args, options)
@@ -109,7 +108,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    plan = _plan_of(args, _options(args))
+    plan = _plan_of(args, options_of(args))
     print(json.dumps(report.plan_json(plan, THREADS), indent=2) if args.json else report.plan_text(plan))
     return 0
 
@@ -165,7 +164,8 @@ def _source(args: argparse.Namespace) -> str:
     return str(given[0])
 
 
-def _options(args: argparse.Namespace) -> Options:
+def options_of(args: argparse.Namespace) -> Options:
+    """Return the options of a conversion; UsageError where they contradict each other."""
     details = {"--q-bits": args.q_bits, "--q-group-size": args.q_group_size, "--q-mode": args.q_mode}
     given = [flag for flag, value in details.items() if value is not None]
     if given and not args.quantize:
@@ -188,13 +188,14 @@ def _embed_q(text: str) -> EmbedQ:
     return QuantSpec.parse(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    top = argparse.ArgumentParser(
         "mla-sanitize", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
     )
-    parser.add_argument("--version", action="version", version=f"mla-sanitize {_version()}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    top.add_argument("--version", action="version", version=f"mla-sanitize {_version()}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     convert = commands.add_parser(
         "convert",
@@ -236,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     _add_json(sample)
     sample.set_defaults(run=_sample)
-    return parser
+    return top
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
