@@ -101,5 +101,13 @@ KIMI_K2 = blocks.Family(
     "kimi_k2",
     "kimi_k2",
     partial(decoder, rotary=True),
-    {**SAMPLE, "model_type": "kimi_k2", "n_group": 1, "num_nextn_predict_layers": 0},
+    # Without yarn: transformers does not know this model_type, and its tokenizer loader ends in an
+    # AttributeError on such a config with yarn unless it may run the checkpoint's own code.
+    {
+        **SAMPLE,
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": None,
+    },
 )

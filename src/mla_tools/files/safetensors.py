@@ -101,7 +101,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         problem = Problem(file, f"is not a safetensors file: its header {error}", cause=AGAIN)
         raise CheckpointError([problem]) from error
     problems = [Problem(file, f"the header has the key {shown(key)} twice", cause=AGAIN) for key in twice]
-    metadata = table.pop(METADATA, {})
+    # mx.save_safetensors writes null where it is given no metadata.
+    metadata = table.pop(METADATA, None) or {}
     entries = _check_entries(table, file, _LENGTH_BYTES + len(raw), size, problems)
     if type(metadata) is not dict or not all(map(_is_text, [*metadata, *metadata.values()])):
         found = _clip.repr(metadata)

@@ -1,0 +1,48 @@
+# make demo   a tiny FP8 DeepSeek-V3, converted to 4 bits and made to speak
+# make test   the tests
+# make check  format, lint and types
+# Both set up everything they need in .venv; only Python 3.11 or newer must be there.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check golden clean
+
+demo: .venv/runtime
+	rm -rf demo
+	@echo "--- a random DeepSeek-V3 in the layout and the format of the real one"
+	$(BIN)/mla-sanitize sample deepseek_v3 demo/source --format fp8
+	@echo "--- what a conversion to 4 bits will do"
+	$(BIN)/mla-sanitize plan demo/source -q
+	@echo "--- do it"
+	$(BIN)/mla-sanitize convert demo/source --mlx-path demo/mlx -q
+	@echo "--- run it; the weights are random, and so is the text"
+	$(BIN)/python -m mlx_lm generate --model demo/mlx --prompt "Hello" --max-tokens 16
+
+test: .venv/test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+golden: .venv/test
+	$(BIN)/python tests/test_golden.py --write
+
+clean:
+	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; say which with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/runtime: .venv/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/test: .venv/runtime pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
