@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mla_tools.cli import main
+from conversion import convert
 from reference import STORAGES, checkpoint, mlx_logits, reference_truth, relative_error
 
 TOLERANCE = 1e-5
@@ -13,10 +13,6 @@ TOLERANCE = 1e-5
 each_checkpoint = pytest.mark.parametrize(
     ("family", "storage"), [pytest.param(*pair, id="-".join(pair)) for pair in STORAGES]
 )
-
-
-def convert(source: Path, target: Path, *options: str) -> None:
-    assert main(["convert", str(source), "--mlx-path", str(target), *options]) == 0
 
 
 @each_checkpoint

@@ -120,7 +120,7 @@ def _plan_of(args: argparse.Namespace, options: Options) -> Plan:
 def _inspect(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(local_folder(_source(args), args.revision))
     stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
-    made = make_steps(stored, checkpoint.config, Options(), lost=checkpoint.lost)
+    made = make_steps(stored, checkpoint.config, Options(), lost=checkpoint.lost, blind=checkpoint.blind)
     problems = [*checkpoint.problems, *made.problems]
     error = CheckpointError(problems) if problems else None
     survey = report.survey_json(checkpoint, made)

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import Problem, UsageError
-from .quantization import MODES, QuantSpec, dequantize, infer_spec, quantize
+from mla_tools.errors import Problem, UsageError
+from mla_tools.quantization import MODES, QuantSpec, dequantize, infer_spec, quantize, with_biases
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -137,7 +137,7 @@ def split_kv_b_proj_weights(
         k, _ = split_kv_b(dequantize(parts, spec), **sizes)
         k_parts = quantize(k, k_spec) if isinstance(k_spec, QuantSpec) else {"weight": k}
         new = {f"{k_name}.{part}": array for part, array in k_parts.items()}
-        for part, array in _with_biases(parts, spec).items():
+        for part, array in with_biases(parts, spec).items():
             _, new[f"{v_name}.{part}"] = split_kv_b(array, **sizes)
 
     return _replace(weights, (name,), new)
@@ -200,7 +200,7 @@ def merge_kv_b_proj_weights(
         # [h, r, n] -> [h, n, r], and the scales in the dtype of V's scales, for they become one array.
         rows_of_k = quantize(mx.contiguous(k.astype(float_dtype).swapaxes(-1, -2)), v_spec)
         new = {}
-        for part, rows_of_v in _with_biases(v_parts, v_spec).items():
+        for part, rows_of_v in with_biases(v_parts, v_spec).items():
             # [h, n, words] and [h, v, words] -> [h*(n+v), words]
             heads = mx.concatenate([rows_of_k[part], rows_of_v], axis=1)
             new[f"{name}.{part}"] = heads.reshape(-1, heads.shape[-1])
@@ -331,14 +331,6 @@ def _read(parts: Mapping[str, mx.array], name: str, layout: _Layout) -> QuantSpe
                 f"{_dtype(biases)} {list(biases.shape)}",
             )
     return spec
-
-
-def _with_biases(parts: Mapping[str, mx.array], spec: QuantSpec) -> dict[str, mx.array]:
-    """Return the parts, with biases of zero where affine parts have none."""
-    import mlx.core as mx
-
-    zeros = {"biases": mx.zeros_like(parts["scales"])} if spec.has_biases else {}
-    return zeros | dict(parts)
 
 
 def _refuse_both(weights: Mapping[str, mx.array], read: str, written: str) -> None:

@@ -10,7 +10,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mla_tools.architectures import Family, table_of
 from mla_tools.architectures.geometry import label
@@ -78,8 +78,7 @@ class Options:
             raise UsageError("Quant predicates only support 'affine' quantization.")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A tensor of the checkpoint: what it is nominally, how it is spelled, where its parts are."""
 
     name: str
@@ -185,7 +184,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """
     config = checkpoint.config
     stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
-    made = make_steps(stored, config, options, lost=checkpoint.lost)
+    made = make_steps(stored, config, options, lost=checkpoint.lost, blind=checkpoint.blind)
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
@@ -210,10 +209,12 @@ def make_steps(
     options: Options,
     *,
     lost: Mapping[str, str] | None = None,
+    blind: bool = False,
 ) -> Steps:
     """Return what becomes of each stored tensor; problems are collected, not raised.
 
-    `lost` names tensors that an index promises and that cannot be read, with the reason. Raises
+    `lost` names tensors that an index promises and that cannot be read, with the reason; `blind` says
+    that some of them could not even be named, so that missing tensors are no news. Raises
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
     family, table = table_of(config)
@@ -248,16 +249,18 @@ def make_steps(
                 made.problems.append(_doubled(name, rule, makers[name], key))
             makers[name] = rule
         if len(found) < count:
-            made.problems.append(_incomplete(rule, key, found, lost))
+            if not blind:
+                made.problems.append(_incomplete(rule, key, found, lost))
         elif not made.problems:
             made.steps.append(_step(rule, key, found, table, options, made))
     for rule in table.rules:
-        if not rule.alternative:
+        if not rule.alternative and not blind:
             for key in rule.applications():
                 if not all(name in makers for name in rule.targets(key)):
                     made.problems.append(_missing(rule, key, makers, lost))
     made.steps.sort(key=lambda step: _natural(step.targets[0].name))
     _say_what_stays_dense(made, targets, options)
+    _say_what_embed_q_costs(made)
     return made
 
 
@@ -523,6 +526,22 @@ def _say_what_stays_dense(
         made.notes.append(
             f"stays dense, because the group size {group} does not divide its last axis of {width}: "
             + ", ".join(fold_names(names))
+        )
+
+
+def _say_what_embed_q_costs(made: Steps) -> None:
+    """Note what becomes of packed rows that have to be decoded because their axis changes."""
+    sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for step in made.steps:
+        source = step.sources[0].codec
+        for output, target in enumerate(step.targets):
+            if isinstance(source, MlxQuantized) and not step.op.keeps_last_axis(output):
+                nbytes = sum(spec.nbytes for spec in target.stored().values())
+                sizes[source.word, target.codec.word].append(nbytes)
+    for (before, after), each in sizes.items():
+        made.notes.append(
+            f"the K half of kv_b_proj changes its axis: {before} is decoded and stored as {after}, "
+            f"{sum(each):,} bytes in {len(each)} tensors (--embed-q)"
         )
 
 

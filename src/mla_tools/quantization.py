@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import UsageError
+from mla_tools.errors import UsageError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -25,6 +25,7 @@ __all__ = [
     "quantize",
     "quantize_multilinear",
     "recipe_spec",
+    "with_biases",
 ]
 
 # mode -> (bits, group sizes); the first of each is not always the default, see _DEFAULTS.
@@ -197,6 +198,14 @@ def dequantize(parts: Mapping[str, mx.array], spec: QuantSpec, dtype: mx.Dtype |
         dtype=None if spec.mode == "affine" else mx.bfloat16 if dtype == mx.bfloat16 else mx.float32,
     )
     return decoded.astype(dtype)
+
+
+def with_biases(parts: Mapping[str, mx.array], spec: QuantSpec) -> dict[str, mx.array]:
+    """Return the parts, with biases of zero where affine parts have none, as MLX's layers want them."""
+    import mlx.core as mx
+
+    zeros = {"biases": mx.zeros_like(parts["scales"])} if spec.has_biases else {}
+    return zeros | dict(parts)
 
 
 def quantize_multilinear(layer: MultiLinear, spec: QuantSpec) -> QuantizedMultiLinear:

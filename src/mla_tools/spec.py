@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 __all__ = ["DType", "Spec"]
 
@@ -61,9 +61,8 @@ class DType(Enum):
         return self.kind == "float" and self.bits >= 16
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """The shape and dtype of a tensor."""
+class Spec(NamedTuple):
+    """The shape and dtype of a tensor. A tuple, because a checkpoint has a hundred thousand of them."""
 
     shape: tuple[int, ...]
     dtype: DType

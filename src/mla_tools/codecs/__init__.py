@@ -14,6 +14,7 @@ from mla_tools.codecs.codec import Claim, Codec, Module, part_name
 from mla_tools.codecs.dense import Dense
 from mla_tools.codecs.fp8 import Fp8Block
 from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.quantization import with_biases
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -80,11 +81,10 @@ def repacking(source: Codec, target: Codec) -> Callable[[Parts], Parts] | None:
     if source == target:
         return lambda parts: parts
     if isinstance(source, MlxQuantized) and isinstance(target, MlxQuantized) and source.spec == target.spec:
-        fill = target.biases and not source.biases
         same = source.dtype == target.dtype
 
         def repack(parts: Parts) -> Parts:
-            parts = mlx_quantized.add_biases(parts) if fill else parts
+            parts = with_biases(parts, target.spec) if target.biases else parts
             return parts if same else mlx_quantized.recast(parts, target.dtype)
 
         return repack

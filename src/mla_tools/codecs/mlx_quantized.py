@@ -16,7 +16,7 @@ from mla_tools.spec import DType, Spec
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["MlxQuantized", "add_biases", "claim", "recast"]
+__all__ = ["MlxQuantized", "claim", "recast"]
 
 _FLOATS = frozenset({DType.F32, DType.F16, DType.BF16})
 
@@ -72,13 +72,6 @@ def recast(parts: Mapping[str, mx.array], dtype: DType) -> dict[str, mx.array]:
 
     floats = {part: parts[part].astype(getattr(mx, dtype.mlx)) for part in parts if part != "weight"}
     return {"weight": parts["weight"], **floats}
-
-
-def add_biases(parts: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Return the parts of an affine tensor without biases with the zeros that MLX's layers want."""
-    import mlx.core as mx
-
-    return {**parts, "biases": mx.zeros_like(parts["scales"])}
 
 
 def claim(module: Module) -> list[Claim]:

@@ -47,7 +47,8 @@ class Checkpoint:
     """A folder of weights, without any of their data.
 
     `shards` are the weight files that were read, `companions` the files to copy beside converted weights
-    (tokenizer, chat template, code). `lost` says for a tensor that should be there why it cannot be read.
+    (tokenizer, chat template, code). `lost` says for a tensor that should be there why it cannot be read;
+    `blind`, that a file is missing or damaged and no index says what it held.
     With `problems`, the rest is what could be found out in spite of them.
     """
 
@@ -59,6 +60,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
     lost: dict[str, str]
+    blind: bool = False
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -108,6 +110,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         notes=tuple(notes),
         problems=tuple(problems),
         lost=lost,
+        blind=places is None and bool(problems),
     )
 
 

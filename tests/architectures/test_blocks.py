@@ -1,0 +1,229 @@
+"""The shared pieces and the tables of the families, against mlx-lm's classes and the reference shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import _get_classes
+
+from mla_tools.architectures import MODEL_TYPES, blocks, table_of
+from mla_tools.architectures.geometry import Geometry, Num, label
+from mla_tools.ops import SplitKvB, Stack
+from mla_tools.rules import Rule, Table
+
+each_family = pytest.mark.parametrize("family", MODEL_TYPES)
+
+ATTENTION = {
+    "hidden_size": 10,
+    "num_attention_heads": 2,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 3,
+    "v_head_dim": 5,
+    "kv_lora_rank": 7,
+    "q_lora_rank": 6,
+    "attention_bias": False,
+}
+WHERE = {"l": range(2)}
+PREFIX = "model.layers.{l}.self_attn"
+
+
+def shapes(rules: list[Rule]) -> dict[str, tuple[int, ...]]:
+    return {
+        text.removeprefix(f"{PREFIX}."): tuple(map(int, shape))
+        for rule in rules
+        for text, shape in zip(rule.source, rule.shapes, strict=True)
+    }
+
+
+def model_of(family: str, **keys: Any) -> Any:
+    found = MODEL_TYPES[family]
+    config = {**(found.defaults or {}), **found.sample, **keys, "model_type": found.model_type}
+    model_class, args_class = _get_classes(config)
+    return model_class(args_class.from_dict(config))
+
+
+# Keys that change which tensors there are.
+VARIANTS: list[Any] = [
+    *(pytest.param(family, {}, id=family) for family in MODEL_TYPES),
+    pytest.param("deepseek_v2", {"q_lora_rank": 64}, id="deepseek_v2-q_lora_rank"),
+    pytest.param("deepseek_v3", {"q_lora_rank": None}, id="deepseek_v3-no_q_lora_rank"),
+    pytest.param("deepseek_v3", {"attention_bias": True}, id="deepseek_v3-attention_bias"),
+    pytest.param("deepseek_v3", {"first_k_dense_replace": 0, "moe_layer_freq": 2}, id="deepseek_v3-freq"),
+    pytest.param("deepseek_v3", {"first_k_dense_replace": 4}, id="deepseek_v3-all_dense"),
+    pytest.param("deepseek_v3", {"n_routed_experts": None}, id="deepseek_v3-no_experts"),
+    pytest.param("deepseek_v3", {"n_shared_experts": None}, id="deepseek_v3-no_shared_experts"),
+    pytest.param("deepseek_v3", {"n_shared_experts": 3}, id="deepseek_v3-three_shared_experts"),
+    pytest.param("deepseek_v3", {"qk_nope_head_dim": 32, "v_head_dim": 96}, id="deepseek_v3-unlike_heads"),
+    pytest.param("glm4_moe_lite", {"q_lora_rank": None}, id="glm4_moe_lite-no_q_lora_rank"),
+    pytest.param("kimi_linear", {"tie_word_embeddings": True}, id="kimi_linear-tied"),
+    pytest.param("kimi_linear", {"num_shared_experts": 0}, id="kimi_linear-no_shared_experts"),
+    pytest.param("kimi_linear", {"first_k_dense_replace": 0, "moe_layer_freq": 3}, id="kimi_linear-freq"),
+    pytest.param("longcat_flash", {"router_bias": True}, id="longcat_flash-router_bias"),
+    pytest.param("longcat_flash", {"attention_bias": True}, id="longcat_flash-attention_bias"),
+    pytest.param("longcat_flash_ngram", {"emb_split_num": 4, "emb_neighbor_num": 2}, id="ngram-tables"),
+]
+
+
+@pytest.mark.parametrize(("family", "keys"), VARIANTS)
+def test_the_targets_of_a_table_are_the_parameters_of_mlx_lms_class(
+    family: str, keys: dict[str, Any]
+) -> None:
+    _, table = table_of({**MODEL_TYPES[family].sample, **keys})
+    declared = {name: array.shape for name, array in tree_flatten(model_of(family, **keys).parameters())}
+    made = {name: tuple(map(int, shape)) for name, (shape, _) in table.targets().items()}
+    assert made == declared
+
+
+@each_family
+def test_what_can_be_quantized_is_what_mlx_lms_class_can_quantize(family: str) -> None:
+    model = model_of(family)
+    can = {f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "to_quantized")}
+    targets = sample_targets(family)
+    assert {name for name, (_, param) in targets.items() if param.quantizable} == can
+
+
+@each_family
+def test_the_widths_that_a_class_prescribes_are_those_of_the_table(family: str) -> None:
+    model = model_of(family)
+    predicate = getattr(model, "quant_predicate", None)
+    wanted = {}
+    for path, module in model.named_modules():
+        if predicate is not None and hasattr(module, "to_quantized"):
+            answer = predicate(path, module)
+            if isinstance(answer, dict):
+                wanted[f"{path}.weight"] = (answer["bits"], answer["group_size"])
+    targets = sample_targets(family)
+    prescribed = {
+        name: (param.spec.bits, param.spec.group_size)
+        for name, (_, param) in targets.items()
+        if param.spec is not None
+    }
+    assert prescribed == wanted
+
+
+@each_family
+def test_what_keeps_its_dtype_is_what_mlx_lms_class_says(family: str) -> None:
+    predicate = getattr(model_of(family), "cast_predicate", None)
+    targets = sample_targets(family)
+    kept = {name for name, (_, param) in targets.items() if not param.cast}
+    assert kept == {name for name in targets if predicate is not None and not predicate(name)}
+
+
+def sample_targets(family: str) -> dict[str, Any]:
+    _, table = table_of(dict(MODEL_TYPES[family].sample))
+    return dict(table.targets())
+
+
+def test_attention_with_a_query_rank() -> None:
+    assert shapes(blocks.mla_attention(Geometry(ATTENTION), WHERE)) == {
+        "q_a_proj.weight": (6, 10),
+        "q_a_layernorm.weight": (6,),
+        "q_b_proj.weight": (2 * (4 + 3), 6),
+        "kv_a_proj_with_mqa.weight": (7 + 3, 10),
+        "kv_a_layernorm.weight": (7,),
+        "kv_b_proj.weight": (2 * (4 + 5), 7),
+        "o_proj.weight": (10, 2 * 5),
+    }
+
+
+def test_attention_without_a_query_rank_has_one_q_proj() -> None:
+    found = shapes(blocks.mla_attention(Geometry({**ATTENTION, "q_lora_rank": None}), WHERE))
+    assert found["q_proj.weight"] == (2 * (4 + 3), 10)
+    assert not [name for name in found if name.startswith(("q_a", "q_b"))]
+
+
+def test_attention_biases() -> None:
+    found = shapes(blocks.mla_attention(Geometry({**ATTENTION, "attention_bias": True}), WHERE))
+    biases = {name: shape for name, shape in found.items() if name.endswith(".bias")}
+    assert biases == {
+        "q_a_proj.bias": (6,),
+        "kv_a_proj_with_mqa.bias": (7 + 3,),
+        "o_proj.bias": (10,),
+    }
+
+
+def test_the_split_of_kv_b_fits_mlx_lms_module() -> None:
+    rules = blocks.mla_attention(Geometry(ATTENTION), WHERE)
+    (split,) = [rule for rule in rules if isinstance(rule.op, SplitKvB)]
+    assert split.op == SplitKvB(4, 5)
+    wanted = [MultiLinear(4, 7, 2).weight.shape, MultiLinear(7, 5, 2).weight.shape]
+    assert [tuple(map(int, shape)) for shape in split.target_shapes()] == wanted
+    whole = blocks.mla_attention(Geometry(ATTENTION), WHERE, split=False)
+    assert not [rule for rule in whole if isinstance(rule.op, SplitKvB)]
+
+
+def test_the_fused_shape_says_which_numbers_made_it() -> None:
+    rules = blocks.mla_attention(Geometry(ATTENTION), WHERE)
+    (split,) = [rule for rule in rules if isinstance(rule.op, SplitKvB)]
+    rows, rank = split.shapes[0]
+    assert label(rows) == "num_attention_heads 2 x (qk_nope_head_dim 4 + v_head_dim 5)"
+    assert label(rank) == "kv_lora_rank 7"
+
+
+def test_experts_are_stacked_under_mlx_lms_names() -> None:
+    count = Num(3, "n_routed_experts 3")
+    rules = blocks.experts("m.{l}.experts", "m.{l}.switch_mlp", count, 10, 4, WHERE, ("w1", "w3", "w2"))
+    pairs = {(rule.source[0], rule.target[0]): rule.target_shapes()[0] for rule in rules}
+    up, down = SwitchLinear(10, 4, 3).weight.shape, SwitchLinear(4, 10, 3).weight.shape
+    assert pairs == {
+        ("m.{l}.experts.{e}.w1.weight", "m.{l}.switch_mlp.gate_proj.weight"): up,
+        ("m.{l}.experts.{e}.w3.weight", "m.{l}.switch_mlp.up_proj.weight"): up,
+        ("m.{l}.experts.{e}.w2.weight", "m.{l}.switch_mlp.down_proj.weight"): down,
+    }
+    assert all(isinstance(rule.op, Stack) for rule in rules)
+    assert all(rule.because == "n_routed_experts 3 in config.json" for rule in rules)
+
+
+def test_linear_layers_take_their_bias_along() -> None:
+    weight, bias = blocks.linear("a", (3, 2), {}, "b", bias=True)
+    assert (weight.source, weight.target, weight.shapes) == (("a.weight",), ("b.weight",), ((3, 2),))
+    assert (bias.source, bias.target, bias.shapes) == (("a.bias",), ("b.bias",), ((3,),))
+    assert weight.param.quantizable
+    assert not bias.param.quantizable
+
+
+@pytest.mark.parametrize("layer", [4, 5, 9])
+def test_mtp_layers_are_everything_beyond_the_last_layer(layer: int) -> None:
+    _, table = table_of(dict(MODEL_TYPES["deepseek_v3"].sample))
+    for inside in (
+        "eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens", "input_layernorm",
+        "self_attn.kv_b_proj", "self_attn.q_a_layernorm", "mlp.gate", "mlp.experts.7.up_proj",
+        "mlp.shared_experts.down_proj",
+    ):  # fmt: skip
+        match = table.lookup(f"model.layers.{layer}.{inside}.weight")
+        assert match is not None, inside
+        assert table.rule(match) is None
+        assert "4 layers" in table.drop(match).reason
+        assert table.drop(match).marker == "model.layers.{l}.eh_proj.weight"
+    assert table.lookup("model.layers.3.eh_proj.weight") is None
+    assert table.lookup(f"model.layers.{layer}.mlp.experts.8.up_proj.weight") is None
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_linear"])
+def test_rotary_buffers_are_dropped(family: str) -> None:
+    _, table = table_of(dict(MODEL_TYPES[family].sample))
+    match = table.lookup("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert match is not None
+    assert "rope_theta" in table.drop(match).reason
+    assert table.shape(match) == (16,)
+
+
+@each_family
+def test_no_table_reads_a_name_that_two_families_spell_differently(family: str) -> None:
+    # A table is built for other sizes as well: prime numbers that appear nowhere by accident.
+    sizes = {"hidden_size": 6 * 31, "vocab_size": 37, "num_attention_heads": 3, "kv_lora_rank": 11}
+    _, table = table_of({**MODEL_TYPES[family].sample, **sizes})
+    assert isinstance(table.inverse(), Table)
+    shapes_found = {shape for shape, _ in table.targets().values()}
+    assert (37, 6 * 31) in shapes_found
+    assert all(isinstance(int(axis), int) and axis > 0 for shape in shapes_found for axis in shape)
+
+
+def test_shapes_can_be_compared_with_those_of_arrays() -> None:
+    shape = (Num(2, "a"), Num(3, "b") * 2)
+    assert mx.zeros((2, 6)).shape == shape
