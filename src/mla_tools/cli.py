@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
+from mla_tools.codecs import FORMATS
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import THREADS, check_output, execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.hub import local_folder
 from mla_tools.plan import EmbedQ, Options, Plan, make_plan, make_steps
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
-from mla_tools.sample import FORMATS, write_sample
+from mla_tools.sample import write_sample
 from mla_tools.spec import DType
 
 if TYPE_CHECKING:

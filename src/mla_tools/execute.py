@@ -49,7 +49,7 @@ def transform(step: Step, slab: Slab, parts: Sequence[Parts]) -> list[dict[str, 
         dtype = target.spec.dtype
         if dtype.name not in decoded:
             arrays = [
-                step.sources[read.index].codec.decode(held, read.start, dtype).reshape(read.shape)
+                step.sources[read.index].codec.decode(held, read.start, read.stop, dtype).reshape(read.shape)
                 for read, held in zip(slab.reads, parts, strict=True)
             ]
             decoded[dtype.name] = step.op.apply(arrays)
@@ -64,7 +64,7 @@ def _move(step: Step, slab: Slab, parts: Sequence[Parts], output: int) -> dict[s
     for read, held in zip(slab.reads, parts, strict=True):
         repack = repacking(step.sources[read.index].codec, target.codec)
         assert repack is not None
-        packed.append(repack(held))
+        packed.append(repack(held, read.start, read.stop))
     return {
         part: step.op.apply(
             [

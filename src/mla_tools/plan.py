@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from mla_tools.architectures import Family, table_of
 from mla_tools.architectures.geometry import label
-from mla_tools.codecs import Claim, Codec, Dense, MlxQuantized, Module, bundle, part_name, repacking
+from mla_tools.codecs import Bundle, Codec, Dense, MlxQuantized, Module, bundle, part_name, repacking
 from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
@@ -274,7 +274,7 @@ def _claimed(
         module, _, leaf = name.rpartition(".")
         modules[module][leaf] = spec
     # Most modules look like thousands of others, so what the codecs say is remembered.
-    seen: dict[Any, tuple[list[Claim], dict[str, str]] | str] = {}
+    seen: dict[Any, Bundle | str] = {}
     found: list[tuple[Source, Match | None]] = []
     for module, leaves in modules.items():
         prefix = f"{module}." if module else ""
@@ -292,11 +292,13 @@ def _claimed(
         if isinstance(answer, str):
             made.problems.append(Problem(module, "its stored tensors do not fit together", found=answer))
             continue
-        claims, rest = answer
-        for leaf, reason in rest.items():
+        for leaf, reason in answer.unread.items():
             there = str(leaves[leaf])
             made.problems.append(Problem(prefix + leaf, "cannot be read", found=there, cause=reason))
-        for claim in claims:
+        for leaf, reason in answer.drops.items():
+            spec, name = leaves[leaf], prefix + leaf
+            made.drops.append(Drop(Source(name, spec, Dense(spec.dtype), {"weight": name}), reason))
+        for claim in answer.claims:
             name = prefix + claim.leaf
             match = weight if claim.leaf == "weight" else table.lookup(name)
             parts = {part: prefix + leaf for part, leaf in claim.parts.items()}
@@ -362,22 +364,21 @@ def _choose(
     if dtype.kind == "float" and param.cast and options.dtype is not None:
         dtype = options.dtype
     wanted: QuantSpec | None = None
-    kept = isinstance(source, MlxQuantized) and param.quantizable and not options.dequantize
+    kept = source.kept if param.quantizable and not options.dequantize else None
     if options.quantize is not None and param.quantizable:
         wanted, named = _quantized_as(name, param, table, options)
         if spec.width % options.quantize.group_size or not wanted.divides(spec.width):
             wanted = None
         elif named:
             made.named.add(short(name))
-    elif kept and isinstance(source, MlxQuantized):
-        wanted = (
-            source.spec if rule.op.keeps_last_axis(output) else _embed_q(source.spec, spec.width, options)
-        )
+    elif kept is not None:
+        across = not rule.op.keeps_last_axis(output)
+        wanted = _embed_q(kept.spec, spec.width, options) if across else kept.spec
     if wanted is None:
         return Dense(dtype), dtype
-    if isinstance(source, MlxQuantized) and wanted == source.spec and not wanted.has_biases:
+    if source.kept is not None and wanted == source.kept.spec and not wanted.has_biases:
         # The block-float modes hold no float dtype, so none can be changed.
-        dtype = source.dtype
+        dtype = source.kept.dtype
     made.quantized[short(name)] = wanted
     return MlxQuantized(wanted, dtype, wanted.has_biases), dtype
 
@@ -535,7 +536,7 @@ def _say_what_embed_q_costs(made: Steps) -> None:
     for step in made.steps:
         source = step.sources[0].codec
         for output, target in enumerate(step.targets):
-            if isinstance(source, MlxQuantized) and not step.op.keeps_last_axis(output):
+            if source.kept is not None and not step.op.keeps_last_axis(output):
                 nbytes = sum(spec.nbytes for spec in target.stored().values())
                 sizes[source.word, target.codec.word].append(nbytes)
     for (before, after), each in sizes.items():

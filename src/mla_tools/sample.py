@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tools.architectures import MODEL_TYPES, Family, table_of
 from mla_tools.architectures.geometry import OPEN
-from mla_tools.codecs import Codec, Dense, Fp8Block, part_name
+from mla_tools.codecs import FORMATS, Codec, Dense, part_name
 from mla_tools.errors import MlaToolsError, UsageError
 from mla_tools.files.safetensors import Writer, layout
 from mla_tools.rules import Drop, Param, Table, name
@@ -25,19 +25,11 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
 
-__all__ = ["FORMATS", "write_sample", "write_tokenizer"]
+__all__ = ["write_sample", "write_tokenizer"]
 
-# --format -> the codec of the linear layers. Everything else is bf16, or float as the codec is.
-FORMATS: dict[str, Codec] = {
-    "bf16": Dense(DType.BF16),
-    "f16": Dense(DType.F16),
-    "f32": Dense(DType.F32),
-    "fp8": Fp8Block(),
-}
-
-# What FP8 checkpoints leave in bf16, by the ending of the module's name.
+# What quantized checkpoints leave in floats, by the ending of the module's name.
 # Source: the header listings of DeepSeek V3 and V3.2.
-_NEVER_FP8 = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", "mlp.gate")
+_NEVER_QUANTIZED = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", "mlp.gate")
 
 _EOS = "<|end|>"
 
@@ -61,15 +53,10 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
         codec, dtype = _format(tensor, array, found, fmt)
         for part, value in codec.encode(array.astype(dtype)).items():
             stored[part_name(tensor, part)] = value
-    if fmt == "fp8":
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-        }
-    elif fmt != "bf16":
-        config["torch_dtype"] = {"f16": "float16", "f32": "float32"}[fmt]
+    sample = FORMATS[fmt]
+    if sample.section is not None:
+        config["quantization_config"] = dict(sample.section)
+    config["torch_dtype"] = {"F16": "float16", "F32": "float32"}.get(sample.dtype.name, "bfloat16")
     folder.mkdir(parents=True)
     _write_shards(folder, stored, shards)
     _write_json(folder / "config.json", config)
@@ -129,14 +116,11 @@ def _format(tensor: str, array: mx.array, family: Family, fmt: str) -> tuple[Cod
     """Return how a tensor is stored in the real checkpoints of a format, and its float dtype."""
     import mlx.core as mx
 
-    codec = FORMATS[fmt]
-    if isinstance(codec, Dense):
-        dtype = codec.dtype
-    else:
-        dtype = DType.BF16
-        module = tensor.removesuffix(".weight")
-        if module == tensor or array.ndim != 2 or module.endswith(_NEVER_FP8):
-            codec = Dense(dtype)
+    sample = FORMATS[fmt]
+    codec, dtype = sample.codec, sample.dtype
+    module = tensor.removesuffix(".weight")
+    if codec.quantized and (module == tensor or array.ndim != 2 or module.endswith(_NEVER_QUANTIZED)):
+        codec = Dense(dtype)
     if tensor.endswith(family.float32):
         return Dense(DType.F32), mx.float32
     return codec, getattr(mx, dtype.mlx)

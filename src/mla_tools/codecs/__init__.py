@@ -7,25 +7,28 @@ sees a name, so a rule cannot forget a scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from mla_tools.codecs import dense, fp8, mlx_quantized
-from mla_tools.codecs.codec import Claim, Codec, Module, part_name
+from mla_tools.codecs.codec import Claim, Codec, Module, Sample, part_name
 from mla_tools.codecs.dense import Dense
 from mla_tools.codecs.fp8 import Fp8Block
 from mla_tools.codecs.mlx_quantized import MlxQuantized
-from mla_tools.quantization import with_biases
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = [
+    "FORMATS",
+    "Bundle",
     "Claim",
     "Codec",
     "Dense",
     "Fp8Block",
     "MlxQuantized",
     "Module",
+    "Sample",
     "bundle",
     "part_name",
     "repacking",
@@ -34,11 +37,36 @@ __all__ = [
 # Formats that bundle several stored tensors; what none of them takes is dense or unknown.
 BUNDLING = (fp8.claim, mlx_quantized.claim)
 
+# Every format that a sample can be written in, by the name that --format takes.
+FORMATS: dict[str, Sample] = {**dense.SAMPLES, **fp8.SAMPLES}
+
 Parts = Mapping[str, "mx.array"]
 
+# Parts that hold rows start..stop, in the rows that the source codec's `cut` names, start, stop.
+Repack = Callable[[Parts, int, int], Parts]
 
-def bundle(module: Module) -> tuple[list[Claim], dict[str, str]]:
-    """Return the tensors of one module, and for each stored tensor that is none the reason.
+
+# Stored tensors that say something about activations or caches, which MLX keeps in floats.
+SIDE = {
+    "input_scale": "scale of activations, which MLX does not quantize",
+    "input_global_scale": "scale of activations, which MLX does not quantize",
+    "activation_scale": "scale of activations, which MLX does not quantize",
+    "output_scale": "scale of activations, which MLX does not quantize",
+    "k_scale": "scale of a quantized KV cache, which the model does not use",
+    "v_scale": "scale of a quantized KV cache, which the model does not use",
+}
+
+
+class Bundle(NamedTuple):
+    """What the stored tensors of a module are: tensors, things left out and why, things unknown and why."""
+
+    claims: list[Claim]
+    drops: dict[str, str]
+    unread: dict[str, str]
+
+
+def bundle(module: Module) -> Bundle:
+    """Return what the stored tensors of one module are, by the last components of their names.
 
     Raises ValueError where a format recognises its parts but they do not fit together, or where two
     formats claim the same stored tensor.
@@ -53,12 +81,12 @@ def bundle(module: Module) -> tuple[list[Claim], dict[str, str]]:
                 taken[leaf] = claim
             claims.append(claim)
     rest = {leaf: spec for leaf, spec in module.leaves.items() if leaf not in taken}
-    if rest:
-        plain = dense.claim(Module(rest, module.width, module.quantization))
-        claims += plain
-        for claim in plain:
-            del rest[claim.leaf]
-    return claims, {leaf: _why_not(leaf, module) for leaf in rest}
+    drops = {leaf: SIDE[leaf] for leaf in rest if leaf in SIDE}
+    rest = {leaf: spec for leaf, spec in rest.items() if leaf not in drops}
+    plain = dense.claim(replace(module, leaves=rest))
+    claims += plain
+    unread = {leaf: _why_not(leaf, module) for leaf in rest.keys() - {claim.leaf for claim in plain}}
+    return Bundle(claims, drops, unread)
 
 
 def _why_not(leaf: str, module: Module) -> str:
@@ -67,25 +95,24 @@ def _why_not(leaf: str, module: Module) -> str:
         return f"{dtype} without a scale ({leaf}_scale_inv)"
     if dtype == "U32" and "scales" not in module.leaves:
         return "packed codes (U32) without scales"
-    return (
-        f"no format known here stores a tensor in {dtype} with {', '.join(sorted(module.leaves))} beside it"
-    )
+    beside = ", ".join(sorted(module.leaves))
+    return f"no format known here stores a tensor in {dtype} with {beside} beside it"
 
 
-def repacking(source: Codec, target: Codec) -> Callable[[Parts], Parts] | None:
+def repacking(source: Codec, target: Codec) -> Repack | None:
     """Return how the parts of one format become those of another without decoding, if they can.
 
-    The codes stay as they are and so do the numbers, but for affine scales that are rounded to a
-    narrower dtype. Parts are handed over in rows.
+    The codes and the numbers stay as they are, but for affine scales that are rounded to a narrower
+    dtype. Parts are handed over in rows.
     """
     if source == target:
-        return lambda parts: parts
-    if isinstance(source, MlxQuantized) and isinstance(target, MlxQuantized) and source.spec == target.spec:
-        same = source.dtype == target.dtype
+        return lambda parts, start, stop: parts
+    kept = source.kept
+    if kept is None or not isinstance(target, MlxQuantized) or target.spec != kept.spec:
+        return None
 
-        def repack(parts: Parts) -> Parts:
-            parts = with_biases(parts, target.spec) if target.biases else parts
-            return parts if same else mlx_quantized.recast(parts, target.dtype)
+    def repack(parts: Parts, start: int, stop: int) -> Parts:
+        parts = source.keep(parts, start, stop)
+        return parts if kept.dtype == target.dtype else mlx_quantized.recast(parts, target.dtype)
 
-        return repack
-    return None
+    return repack

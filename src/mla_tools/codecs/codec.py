@@ -16,7 +16,9 @@ from mla_tools.spec import DType, Spec
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["Claim", "Codec", "Module", "Rows", "part_name"]
+    from mla_tools.codecs.mlx_quantized import MlxQuantized
+
+__all__ = ["Claim", "Codec", "Module", "Rows", "Sample", "part_name"]
 
 Rows = tuple[int, int]
 
@@ -34,6 +36,14 @@ class Codec(Protocol):
         """Whether the stored numbers are codes rather than floats."""
         ...
 
+    @property
+    def kept(self) -> MlxQuantized | None:
+        """The form in which MLX holds exactly these numbers, or None where it has none.
+
+        It is what a conversion without -q aims at, and `keep` makes it.
+        """
+        ...
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         """Return the stored parts of a tensor of this spec."""
         ...
@@ -41,20 +51,36 @@ class Codec(Protocol):
     def cut(self, start: int, stop: int) -> dict[str, Rows]:
         """Return which rows of each part hold rows start..stop of the tensor.
 
-        Rows are counted with all axes but the last taken as one.
+        Rows are counted with all axes but the last taken as one. A part that holds nothing to compute
+        with is left out.
         """
         ...
 
-    def decode(self, parts: Mapping[str, mx.array], start: int, dtype: DType) -> mx.array:
-        """Return rows [rows, width] in a float dtype from the parts' rows that `cut` named."""
+    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
+        """Return rows start..stop as [rows, width] in a float dtype, from the rows that `cut` names."""
+        ...
+
+    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        """Return rows start..stop in the form `kept`, from the rows that `cut` names, without decoding."""
         ...
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
-        """Return the parts of an array of any shape, whose dtype is the one to compute in.
+        """Return the parts of an array, whose dtype is the one to compute in.
 
-        Raises TypeError for formats that are only read.
+        For MLX's formats this is what a conversion writes; for the others it serves samples and tests,
+        and simple rounding to the nearest code is enough.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A format as samples are written in it: the codec of the linear layers, the float dtype of the
+    rest, and the section that such checkpoints have in config.json."""
+
+    codec: Codec
+    dtype: DType
+    section: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)

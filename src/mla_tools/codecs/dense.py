@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows
+from mla_tools.codecs.codec import Claim, Module, Rows, Sample
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["Dense", "claim"]
+__all__ = ["SAMPLES", "Dense", "claim"]
 
 _DTYPES = frozenset({DType.F32, DType.F16, DType.BF16, DType.I64, DType.I32})
 
@@ -31,21 +31,31 @@ class Dense:
     def quantized(self) -> bool:
         return False
 
+    @property
+    def kept(self) -> None:
+        return None
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         return {"weight": Spec(spec.shape, self.dtype)}
 
     def cut(self, start: int, stop: int) -> dict[str, Rows]:
         return {"weight": (start, stop)}
 
-    def decode(self, parts: Mapping[str, mx.array], start: int, dtype: DType) -> mx.array:
+    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
         return parts["weight"].astype(getattr(mx, dtype.mlx))
+
+    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        raise TypeError(f"MLX has no form of {self.word}")
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx
 
         return {"weight": array.astype(getattr(mx, self.dtype.mlx))}
+
+
+SAMPLES = {dtype.name.lower(): Sample(Dense(dtype), dtype) for dtype in (DType.BF16, DType.F16, DType.F32)}
 
 
 def claim(module: Module) -> list[Claim]:

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows
+from mla_tools.codecs.codec import Claim, Module, Rows, Sample
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["Fp8Block", "claim"]
+__all__ = ["SAMPLES", "Fp8Block", "claim"]
 
 _BLOCK = 128
 
@@ -39,6 +39,10 @@ class Fp8Block:
     def quantized(self) -> bool:
         return True
 
+    @property
+    def kept(self) -> None:
+        return None
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         rows, width = spec.shape
         scales = (-(-rows // self.block), -(-width // self.block))
@@ -47,7 +51,7 @@ class Fp8Block:
     def cut(self, start: int, stop: int) -> dict[str, Rows]:
         return {"weight": (start, stop), "_scale_inv": (start // self.block, -(-stop // self.block))}
 
-    def decode(self, parts: Mapping[str, mx.array], start: int, dtype: DType) -> mx.array:
+    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
         codes, scales = parts["weight"], parts["_scale_inv"]
@@ -58,6 +62,9 @@ class Fp8Block:
         scales = mx.repeat(scales.astype(mx.float32), self.block, axis=1)[:, :width]
         values = mx.from_fp8(codes, dtype=mx.float32) * scales[which]
         return values.astype(getattr(mx, dtype.mlx))
+
+    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        raise TypeError(f"MLX has no form of {self.word}")
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx
@@ -70,6 +77,20 @@ class Fp8Block:
         scales = mx.maximum(mx.abs(tiles).max(axis=(1, 3)), 1e-12) / 448.0
         codes = mx.to_fp8(tiles / scales[:, None, :, None]).reshape(values.shape)[:rows, :width]
         return {"weight": mx.contiguous(codes), "_scale_inv": scales}
+
+
+SAMPLES = {
+    "fp8": Sample(
+        Fp8Block(),
+        DType.BF16,
+        {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [_BLOCK, _BLOCK],
+        },
+    )
+}
 
 
 def claim(module: Module) -> list[Claim]:

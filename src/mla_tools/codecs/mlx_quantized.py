@@ -6,11 +6,11 @@ Source: the documentation of mx.quantize and the shapes that it returns.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mla_tools.codecs.codec import Claim, Module, Rows
-from mla_tools.quantization import QuantSpec, dequantize, infer_spec, quantize
+from mla_tools.quantization import QuantSpec, dequantize, infer_spec, quantize, with_biases
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class MlxQuantized:
     def quantized(self) -> bool:
         return True
 
+    @property
+    def kept(self) -> MlxQuantized:
+        return self if self.biases == self.spec.has_biases else replace(self, biases=True)
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, width = spec.shape
         groups = (*head, self.spec.groups(width))
@@ -57,10 +61,13 @@ class MlxQuantized:
         rows = (start, stop)
         return dict.fromkeys(("weight", "scales", "biases") if self.biases else ("weight", "scales"), rows)
 
-    def decode(self, parts: Mapping[str, mx.array], start: int, dtype: DType) -> mx.array:
+    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
         return dequantize(dict(parts), self.spec, getattr(mx, dtype.mlx))
+
+    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        return with_biases(parts, self.spec)
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         return quantize(array, self.spec)
