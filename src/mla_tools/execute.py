@@ -16,6 +16,7 @@ from mla_tools.errors import MlaToolsError
 from mla_tools.files.safetensors import Reader, Writer
 from mla_tools.ops import Slab
 from mla_tools.plan import SLAB_ELEMENTS, Plan, Step
+from mla_tools.rules import short
 from mla_tools.spec import Spec
 
 if TYPE_CHECKING:
@@ -190,8 +191,12 @@ def _slab(
         source = step.sources[block.index]
         cut = source.codec.cut(block.start, block.stop)
         parts.append({part: _read(plan, reader, source.parts[part], *rows) for part, rows in cut.items()})
-    results = transform(step, slab, parts)
-    mx.eval(results)
+    try:
+        results = transform(step, slab, parts)
+        mx.eval(results)
+    except MlaToolsError as error:
+        names = ", ".join(short(step.sources[block.index].name) for block in slab.reads)
+        raise MlaToolsError(f"{names}: {error}") from error
     written = 0
     for block, result in zip(slab.writes, results, strict=True):
         target = step.targets[block.index]

@@ -40,6 +40,8 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
     The same arguments give the same bytes. Raises UsageError for an unknown family or format, and
     MlaToolsError if the folder exists.
     """
+    import mlx.core as mx
+
     if family not in MODEL_TYPES:
         raise UsageError(f"{family}: no such family; known are {', '.join(MODEL_TYPES)}")
     if fmt not in FORMATS:
@@ -49,16 +51,19 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
     config = dict(MODEL_TYPES[family].sample)
     found, table = table_of(config)
     stored: dict[str, mx.array] = {}
+    specs: dict[str, Spec] = {}
     for tensor, array in _tensors(table, config, seed).items():
         codec, dtype = _format(tensor, array, found, fmt)
-        for part, value in codec.encode(array.astype(dtype)).items():
+        for part, value in codec.encode(array.astype(getattr(mx, dtype.mlx))).items():
             stored[part_name(tensor, part)] = value
+        for part, spec in codec.encoded(Spec(tuple(array.shape), dtype)).items():
+            specs[part_name(tensor, part)] = spec
     sample = FORMATS[fmt]
     if sample.section is not None:
         config["quantization_config"] = dict(sample.section)
     config["torch_dtype"] = {"F16": "float16", "F32": "float32"}.get(sample.dtype.name, "bfloat16")
     folder.mkdir(parents=True)
-    _write_shards(folder, stored, shards)
+    _write_shards(folder, stored, specs, shards)
     _write_json(folder / "config.json", config)
     write_tokenizer(folder)
 
@@ -112,21 +117,21 @@ def _values(
     return values / np.float32(math.sqrt(shape[-1]))
 
 
-def _format(tensor: str, array: mx.array, family: Family, fmt: str) -> tuple[Codec, Any]:
+def _format(tensor: str, array: mx.array, family: Family, fmt: str) -> tuple[Codec, DType]:
     """Return how a tensor is stored in the real checkpoints of a format, and its float dtype."""
-    import mlx.core as mx
-
     sample = FORMATS[fmt]
     codec, dtype = sample.codec, sample.dtype
     module = tensor.removesuffix(".weight")
     if codec.quantized and (module == tensor or array.ndim != 2 or module.endswith(_NEVER_QUANTIZED)):
         codec = Dense(dtype)
     if tensor.endswith(family.float32):
-        return Dense(DType.F32), mx.float32
-    return codec, getattr(mx, dtype.mlx)
+        return Dense(DType.F32), DType.F32
+    return codec, dtype
 
 
-def _write_shards(folder: Path, stored: Mapping[str, mx.array], count: int) -> None:
+def _write_shards(
+    folder: Path, stored: Mapping[str, mx.array], specs: Mapping[str, Spec], count: int
+) -> None:
     import mlx.core as mx
     import numpy as np
 
@@ -136,8 +141,8 @@ def _write_shards(folder: Path, stored: Mapping[str, mx.array], count: int) -> N
         # Every count-th name, so that a weight and its scale lie in different files, as they may.
         held = names[number::count]
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        specs = {tensor: _spec(tensor, stored[tensor]) for tensor in held}
-        writer = Writer(folder / file, layout(specs, {"format": "pt"}))
+        laid = layout({tensor: specs[tensor] for tensor in held}, {"format": "pt"})
+        writer = Writer(folder / file, laid)
         for tensor in held:
             flat = mx.contiguous(stored[tensor]).reshape(-1).view(mx.uint8)
             writer.write(tensor, 0, np.array(flat, copy=False))
@@ -146,13 +151,6 @@ def _write_shards(folder: Path, stored: Mapping[str, mx.array], count: int) -> N
     total = sum(array.nbytes for array in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _spec(tensor: str, array: mx.array) -> Spec:
-    import mlx.core as mx
-
-    dtypes = {mx.float32: DType.F32, mx.float16: DType.F16, mx.bfloat16: DType.BF16, mx.uint8: DType.F8_E4M3}
-    return Spec(tuple(array.shape), dtypes[array.dtype])
 
 
 def write_tokenizer(folder: Path) -> None:
