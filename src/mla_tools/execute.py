@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ def execute(
     that looks like a model: the folder, which this call made, is removed.
     """
     check_output(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -119,6 +120,9 @@ def execute(
         write_index(folder, plan)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in made[1:]:
+                path.rmdir()
         if isinstance(error, OSError):
             raise MlaToolsError(f"Writing to {folder} failed: {error}") from error
         raise

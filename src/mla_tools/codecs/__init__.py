@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = [
+    "SCALES",
     "Claim",
     "Codec",
     "Dense",
@@ -30,6 +31,9 @@ __all__ = [
     "part_name",
     "repacking",
 ]
+
+# Endings of the stored tensors that belong to a weight, for messages about those that stand alone.
+SCALES = ("_scale_inv", "_scale", ".scale", ".scales", ".biases")
 
 # Formats that bundle several stored tensors; what none of them takes is dense or unknown.
 BUNDLING = (fp8.claim, mlx_quantized.claim)
@@ -85,7 +89,7 @@ def repacking(source: Codec, target: Codec) -> Callable[[Parts], Parts] | None:
 
         def repack(parts: Parts) -> Parts:
             parts = with_biases(parts, target.spec) if target.biases else parts
-            return parts if same else mlx_quantized.recast(parts, target.dtype)
+            return parts if same or not target.spec.has_biases else mlx_quantized.recast(parts, target.dtype)
 
         return repack
     return None
