@@ -143,7 +143,7 @@ def test_apply_gives_the_layout(case: Case) -> None:
 @given(CASES, st.sampled_from(list(DType)))
 def test_infer_tells_the_specs_of_apply(case: Case, dtype: DType) -> None:
     arrays = numbered(case.shapes)
-    inferred = case.op.infer([replace(spec, dtype=dtype) for spec in specs(arrays)])
+    inferred = case.op.infer([spec._replace(dtype=dtype) for spec in specs(arrays)])
     assert list(inferred) == [Spec(array.shape, dtype) for array in apply(case.op, arrays)]
 
 

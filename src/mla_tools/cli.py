@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
-from mla_tools.codecs import FORMATS
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import THREADS, check_output, execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.hub import local_folder
 from mla_tools.plan import EmbedQ, Options, Plan, make_plan, make_steps
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
-from mla_tools.sample import write_sample
+from mla_tools.sample import FORMATS, write_sample
 from mla_tools.spec import DType
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it
 it is reported in one go before a byte is written; the options mean what they mean to mlx_lm.convert.
 """
 
-_CONVERT_EPILOG = """\
+_CONVERT_EPILOG = (
+    """\
 examples:
   mla-sanitize convert DeepSeek-V3 --mlx-path DeepSeek-V3-4bit -q
   mla-sanitize convert GLM-4.7-Flash -q --q-bits 8 --q-group-size 32
@@ -58,7 +58,10 @@ examples:
 A quantized source keeps its own encoding unless -q asks for another or -d for none. Of a quantized
 kv_b_proj the V half always keeps its bits; the K half changes its axis, and --embed-q says how it is
 encoded then.
+
 """
+    + _EPILOG
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,6 +216,7 @@ def parser() -> argparse.ArgumentParser:
         "plan",
         help="show what convert would do; writes nothing",
         description="Show what `convert` with the same options would do, from the headers alone.",
+        epilog=_EPILOG,
         formatter_class=raw,
     )
     _add_source(plan)
@@ -223,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
         "inspect",
         help="what is this: family, geometry, formats, sizes, problems",
         description="Say what a checkpoint is, from the headers alone. Exit code 1 if anything is wrong.",
+        epilog=_EPILOG,
     )
     _add_source(inspect)
     inspect.set_defaults(run=_inspect)
@@ -231,6 +236,7 @@ def parser() -> argparse.ArgumentParser:
         "sample",
         help="write a tiny random checkpoint in the hub's layout",
         description="Write a tiny random checkpoint in the hub's real layout, with a tiny tokenizer.",
+        epilog=_EPILOG,
     )
     sample.add_argument("family", metavar="FAMILY", choices=sorted(MODEL_TYPES), help=", ".join(MODEL_TYPES))
     sample.add_argument("folder", metavar="DIR", help="the folder to write; must not exist")
@@ -270,7 +276,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         "--embed-q",
         metavar="source|float|BITS[,GROUP[,MODE]]",
         default="8,32",
-        help="encoding of the K half of a quantized kv_b_proj (default: %(default)s)",
+        help="encoding of the K half of a kv_b_proj that keeps its quantization (default: %(default)s)",
     )
     add(
         "--trust-remote-code",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 __all__ = ["CheckpointError", "MlaToolsError", "Problem", "UsageError", "fold_indices", "fold_names"]
 
 # Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
-# Only whole dotted components count as numbers, so "q_conv1d" stays a word.
-INDEX = re.compile(r"\.(\d+)(?=\.|\Z)")
+# Only whole dotted components count, so "q_conv1d" stays a word, and only numbers as they are written
+# out: "01" is a word, or two names would stand for one place, and so is what no int should be made of.
+INDEX = re.compile(r"\.(0|[1-9][0-9]{0,17})(?=\.|\Z)")
 
 _MAX_GROUPS = 40
 
@@ -123,7 +124,7 @@ def fold_names(names: Iterable[str]) -> list[str]:
             for axis, word in zip(axes, words[1:], strict=True):
                 count *= len(axis)
                 text += f".{fold_indices(axis)}{word}"
-            lines.append(text if count == 1 else f"{count} x {text}")
+            lines.append(text if count == 1 else f"{count:,} x {text}")
     return lines
 
 

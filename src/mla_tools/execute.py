@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from mla_tools.errors import MlaToolsError
 from mla_tools.files.safetensors import Reader, Writer
 from mla_tools.ops import Slab
 from mla_tools.plan import SLAB_ELEMENTS, Plan, Step
-from mla_tools.rules import short
 from mla_tools.spec import Spec
 
 if TYPE_CHECKING:
@@ -100,6 +99,7 @@ def execute(
     that looks like a model: the folder, which this call made, is removed.
     """
     check_output(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -120,6 +120,9 @@ def execute(
         write_index(folder, plan)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in made[1:]:
+                path.rmdir()
         if isinstance(error, OSError):
             raise MlaToolsError(f"Writing to {folder} failed: {error}") from error
         raise
@@ -195,7 +198,7 @@ def _slab(
         results = transform(step, slab, parts)
         mx.eval(results)
     except MlaToolsError as error:
-        names = ", ".join(short(step.sources[block.index].name) for block in slab.reads)
+        names = ", ".join(step.sources[block.index].name for block in slab.reads)
         raise MlaToolsError(f"{names}: {error}") from error
     written = 0
     for block, result in zip(slab.writes, results, strict=True):

@@ -14,7 +14,17 @@ from typing import Any, Literal, NamedTuple
 
 from mla_tools.architectures import Family, table_of
 from mla_tools.architectures.geometry import label
-from mla_tools.codecs import Bundle, Codec, Dense, MlxQuantized, Module, bundle, part_name, repacking
+from mla_tools.codecs import (
+    SCALES,
+    Bundle,
+    Codec,
+    Dense,
+    MlxQuantized,
+    Module,
+    bundle,
+    part_name,
+    repacking,
+)
 from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
@@ -42,6 +52,10 @@ __all__ = [
 
 # How many elements are worked on at a time: 16 MB of bf16.
 SLAB_ELEMENTS = 8 << 20
+
+# Bytes of working memory that MLX's CPU encoders take for each element, measured as the growth of
+# mx.get_peak_memory: those of the 4-bit float modes compare each value with all code points.
+_SCRATCH = {"affine": 0, "mxfp8": 8, "mxfp4": 72, "nvfp4": 144}
 
 # Output files are filled up to this, as mlx-lm does it.
 SHARD_BYTES = 5 << 30
@@ -184,7 +198,9 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """
     config = checkpoint.config
     stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
-    made = make_steps(stored, config, options, lost=checkpoint.lost, blind=checkpoint.blind)
+    made = make_steps(
+        stored, config, _with_config_dtype(options, config), lost=checkpoint.lost, blind=checkpoint.blind
+    )
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
@@ -238,7 +254,6 @@ def make_steps(
             made.problems.append(_misshapen(source, shape))
     _check_markers(table, made, lost)
 
-    options = _with_config_dtype(options, config)
     targets = table.targets()
     makers: dict[str, Rule] = {}
     for (claim, key), found in inputs.items():
@@ -426,18 +441,21 @@ def _narrower(dtype: DType, other: DType) -> bool:
 
 
 def _unknown(source: Source, family: Family) -> Problem:
-    return Problem(
-        short(source.name),
-        "unknown tensor",
-        found=f"{source.spec} ({source.codec.word})",
-        cause=f"No rule of {family.name} names it. Is model_type in config.json right?",
-    )
+    cause = f"No rule of {family.name} names it. Is model_type in config.json right?"
+    if source.name.endswith(SCALES):
+        cause = "It looks like a scale whose weight is missing or stored in a format not known here."
+    found = f"{source.spec} ({source.codec.word})"
+    return Problem(short(source.name), "unknown tensor", found=found, cause=cause)
 
 
 def _misshapen(source: Source, shape: tuple[int, ...]) -> Problem:
+    return Problem(short(source.name), "wrong shape", _shape_text(shape), f"{list(source.spec.shape)}")
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape with the config keys that it is made of."""
     labels = ", ".join(label(number) for number in shape)
-    needed = f"[{', '.join(str(int(number)) for number in shape)}]  ({labels} in config.json)"
-    return Problem(short(source.name), "wrong shape", needed, f"{list(source.spec.shape)}")
+    return f"[{', '.join(str(int(number)) for number in shape)}]  ({labels} in config.json)"
 
 
 def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
@@ -464,7 +482,7 @@ def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
 
 def _doubled(name: str, rule: Rule, other: Rule, key: tuple[int, ...]) -> Problem:
     known = dict(zip(rule.shared, key, strict=True))
-    origins = [short(template(r.source[0]).fold(known, r.where)) for r in (other, rule)]
+    origins = sorted(short(template(r.source[0]).fold(known, r.where)) for r in (other, rule))
     return Problem(
         short(name),
         "is there twice",
@@ -499,15 +517,15 @@ def _incomplete(
 def _missing(
     rule: Rule, key: tuple[int, ...], makers: Mapping[str, Rule], lost: Mapping[str, str]
 ) -> Problem:
-    names = rule.sources(key)
     absent = [short(name) for name in rule.targets(key) if name not in makers]
     known = dict(zip(rule.shared, key, strict=True))
-    causes = sorted({lost[name] for name in names if name in lost})
-    shape = ", ".join(str(int(number)) for number in rule.shapes[0])
+    name = short(template(rule.source[0]).fold(known, rule.where))
+    causes = sorted({lost[source] for source in rule.sources(key) if source in lost}) if lost else []
+    purpose = "" if absent == [name] else f", for {' and '.join(absent)}"
     return Problem(
-        short(template(rule.source[0]).fold(known, rule.where)),
+        name,
         "missing",
-        needed=f"[{shape}]" + (f", for {' and '.join(absent)}" if absent != [short(names[0])] else ""),
+        needed=_shape_text(rule.shapes[0]) + purpose,
         found="no such tensor",
         cause="\n  ".join(causes),
     )
@@ -605,7 +623,10 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
 
 def _source_default(old: object, made: Steps) -> QuantSpec:
     """Return the quantization that config.json names first: the source's own default, or the commonest."""
-    counted = Counter(made.quantized.values())
+    moved = [
+        t.codec.spec for s in made.steps for t in s.targets if t.moved and isinstance(t.codec, MlxQuantized)
+    ]
+    counted = Counter(moved or made.quantized.values())
     if isinstance(old, Mapping):
         for spec in counted:
             if all(old.get(key, "affine") == value for key, value in spec.config.items()):
@@ -639,8 +660,11 @@ def _slab_bytes(step: Step) -> int:
         return 0
     read = sum(_rows_bytes(step.sources[block.index], block.start, block.stop) for block in slab.reads)
     elements = sum((b.stop - b.start) * step.sources[b.index].spec.width for b in slab.reads)
-    # Stored bytes, one float32 and one target-dtype copy of the values, and what is written.
-    return 2 * read + elements * (4 + 4 + 4)
+    # Stored bytes twice (as read and as an array), the values in float32 and in the target's dtype,
+    # once more where an op reorders them, what is written, and what the encoder needs.
+    modes = [t.codec.spec.mode for t in step.targets if isinstance(t.codec, MlxQuantized) and not t.moved]
+    scratch = max((_SCRATCH[mode] for mode in modes), default=0)
+    return 2 * read + elements * (16 + scratch)
 
 
 def _rows_bytes(source: Source, start: int, stop: int) -> int:

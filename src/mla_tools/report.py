@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mla_tools.errors import CheckpointError, MlaToolsError, fold_names
+from mla_tools.errors import INDEX, CheckpointError, MlaToolsError, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.plan import Plan, Source, Step, Steps
 from mla_tools.rules import short
@@ -23,17 +23,17 @@ __all__ = [
     "survey_text",
 ]
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+_UNITS = ("kB", "MB", "GB", "TB")
 
 
 def human_bytes(count: int) -> str:
     """Return a number of bytes in decimal units, as disks and the hub count them: "688.6 GB"."""
-    value = float(count)
-    for unit in _UNITS[:-1]:
-        if value < 999.95 or unit == _UNITS[-1]:
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} {_UNITS[-1]}"
+    if count < 1000:
+        return f"{count} B"
+    power = 1
+    while power < len(_UNITS) and count >= 999.95 * 1000**power:
+        power += 1
+    return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
 
 
 def plan_text(plan: Plan) -> str:
@@ -121,6 +121,10 @@ def _words(names: Iterable[str]) -> str:
     return " ".join("".join(c for c in name if not c.isdigit()) for name in names)
 
 
+# More lines than this for one reason are told as whole layers; --json names every tensor.
+_MAX_DROP_LINES = 4
+
+
 def _drop_lines(plan: Plan) -> list[str]:
     reasons: dict[str, list[str]] = defaultdict(list)
     for drop in plan.drops:
@@ -128,8 +132,18 @@ def _drop_lines(plan: Plan) -> list[str]:
     lines = []
     for reason, names in reasons.items():
         lines.append(f"  {reason}")
-        lines += [f"    {line}" for line in fold_names(sorted(names))]
+        folded = fold_names(sorted(names))
+        if len(folded) > _MAX_DROP_LINES:
+            layers = Counter(_layer(name) for name in names)
+            folded = [f"{count:,} under {layer}" for layer, count in sorted(layers.items())]
+        lines += [f"    {line}" for line in folded]
     return lines
+
+
+def _layer(name: str) -> str:
+    """Return a name up to its first index."""
+    words = INDEX.split(name, maxsplit=1)
+    return f"{words[0]}.{words[1]}" if len(words) > 1 else name
 
 
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class Table:
     """
 
     def __init__(self, rules: Sequence[Rule], drops: Sequence[Drop] = (), *, identities: bool = True) -> None:
-        primary = [rule for rule in rules if _combinations(tuple(rule.where), rule.where)]
+        primary = [rule for rule in rules if all(rule.where.values())]
         self.rules = (*primary, *_identities(primary)) if identities else tuple(primary)
         self.drops = tuple(drops)
         self._lookup: dict[tuple[str, ...], list[tuple[int, int, tuple[Domain, ...]]]] = {}
@@ -233,10 +233,7 @@ class Table:
         entries = self._lookup.get(tuple(pieces[::2]))
         if entries is None:
             return None
-        try:
-            values = tuple(map(int, pieces[1::2]))
-        except ValueError:  # more digits than Python turns into a number
-            return None
+        values = tuple(map(int, pieces[1::2]))
         for claim, position, domains in entries:
             for value, domain in zip(values, domains):  # noqa: B905 - equal by construction, and hot
                 if value not in domain:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
 
-__all__ = ["write_sample", "write_tokenizer"]
+__all__ = ["FORMATS", "write_sample", "write_tokenizer"]
 
 # What quantized checkpoints leave in floats, by the ending of the module's name.
 # Source: the header listings of DeepSeek V3 and V3.2.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from mla_tools.errors import CheckpointError
+from mla_tools.errors import CheckpointError, Problem
 from mla_tools.execute import transform
 from mla_tools.ops import Block, Slab
 from mla_tools.plan import EmbedQ, Options, Step, make_steps
@@ -35,12 +35,17 @@ def sanitize(
     Raises CheckpointError that lists every unknown, missing, doubled or misshapen tensor.
     """
     keys = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
-    # Dtypes are convert's business: here each tensor keeps its own.
-    keys.pop("torch_dtype", None)
-    specs = {name: Spec(tuple(array.shape), _dtype(array)) for name, array in weights.items()}
+    specs: dict[str, Spec] = {}
+    problems = []
+    for name, array in weights.items():
+        dtype = _DTYPES.get(str(array.dtype).rpartition(".")[2])
+        if dtype is None:
+            problems.append(Problem(name, "no checkpoint holds this dtype", found=str(array.dtype)))
+        else:
+            specs[name] = Spec(tuple(array.shape), dtype)
     made = make_steps(specs, keys, Options(embed_q=embed_q))
-    if made.problems:
-        raise CheckpointError(made.problems)
+    if problems or made.problems:
+        raise CheckpointError(problems + made.problems)
     result: dict[str, mx.array] = {}
     for step in made.steps:
         for target, parts in zip(step.targets, _whole(step, weights), strict=True):
@@ -72,8 +77,4 @@ def _everything(step: Step) -> Slab:
     )
 
 
-_DTYPES = {dtype.mlx: dtype for dtype in DType if not dtype.name.startswith("F8")}
-
-
-def _dtype(array: mx.array) -> DType:
-    return _DTYPES[str(array.dtype).rpartition(".")[2]]
+_DTYPES = {dtype.mlx.rstrip("_"): dtype for dtype in DType if not dtype.name.startswith("F8")}

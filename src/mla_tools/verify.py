@@ -104,6 +104,14 @@ class ManifestCheck:
                 pipe.close()
 
 
-if __name__ == "__main__":
+def _answer() -> None:
+    """Read a question from stdin and print the manifest: the child process."""
+    # Slow, and so before the question comes: the converter writes its files in the meantime.
+    import mlx_lm.utils  # noqa: F401
+
     question = json.load(sys.stdin)
     print(json.dumps(manifest(question["config"], question["stored"])))
+
+
+if __name__ == "__main__":
+    _answer()

@@ -175,7 +175,7 @@ def test_experts_are_stacked_under_mlx_lms_names() -> None:
         ("m.{l}.experts.{e}.w2.weight", "m.{l}.switch_mlp.down_proj.weight"): down,
     }
     assert all(isinstance(rule.op, Stack) for rule in rules)
-    assert all(rule.because == "n_routed_experts 3 in config.json" for rule in rules)
+    assert all(rule.because == "n_routed_experts = 3 in config.json" for rule in rules)
 
 
 def test_linear_layers_take_their_bias_along() -> None:

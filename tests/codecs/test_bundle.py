@@ -51,7 +51,7 @@ WHOLE = [
 
 @pytest.mark.parametrize(("leaves", "wanted"), WHOLE)
 def test_every_stored_tensor_belongs_to_one_tensor(leaves: Leaves, wanted: dict[str, Codec]) -> None:
-    claims, rest = bundle(Module(leaves, WIDTH, {}))
+    claims, _, rest = bundle(Module(leaves, WIDTH, {}))
     assert {claim.leaf: claim.codec for claim in claims} == wanted
     assert rest == {}
     held = [part for claim in claims for part in claim.parts.values()]
@@ -72,7 +72,7 @@ LEFT_OVER = [
 
 @pytest.mark.parametrize(("leaves", "left", "text"), LEFT_OVER)
 def test_what_no_format_takes_is_explained(leaves: Leaves, left: str, text: str) -> None:
-    claims, rest = bundle(Module(leaves, WIDTH, {}))
+    claims, _, rest = bundle(Module(leaves, WIDTH, {}))
     assert list(rest) == [left]
     assert re.search(text, rest[left])
     assert left not in {part for claim in claims for part in claim.parts.values()}
@@ -88,13 +88,13 @@ def test_what_no_format_takes_is_explained(leaves: Leaves, left: str, text: str)
 )
 def test_orphan_scales_are_not_swallowed(leaves: Leaves) -> None:
     # As tensors of their own they meet no rule, and are reported as unknown.
-    claims, rest = bundle(Module(leaves, WIDTH, {}))
+    claims, _, rest = bundle(Module(leaves, WIDTH, {}))
     assert sorted([claim.leaf for claim in claims] + list(rest)) == sorted(leaves)
     assert all(len(claim.parts) == 1 for claim in claims)
 
 
 def test_a_quantized_weight_of_unknown_width_is_explained() -> None:
-    claims, rest = bundle(Module(AFFINE, None, {}))
+    claims, _, rest = bundle(Module(AFFINE, None, {}))
     assert list(rest) == ["weight"]
     assert "U32" in rest["weight"]
     assert [claim.leaf for claim in claims] == ["scales", "biases"]
@@ -139,14 +139,14 @@ def test_equal_formats_need_no_repacking(codec: Codec) -> None:
     repack = repacking(codec, codec)
     assert repack is not None
     parts = {"weight": mx.zeros(3), "anything": mx.zeros(2)}
-    assert repack(parts) == parts
+    assert repack(parts, 0, 3) == parts
 
 
 def test_biases_are_added_and_nothing_else_changes() -> None:
     repack = repacking(MlxQuantized(SPEC, DType.BF16, False), MlxQuantized(SPEC, DType.BF16, True))
     assert repack is not None
     parts = parts_of(SPEC, mx.bfloat16, biases=False)
-    made = repack(parts)
+    made = repack(parts, 0, 3)
     assert {part: made[part] for part in parts} == parts
     assert made["biases"].dtype == mx.bfloat16
     assert not mx.any(made["biases"]).item()
@@ -157,7 +157,7 @@ def test_scales_are_recast_and_codes_are_not(biases: bool) -> None:
     repack = repacking(MlxQuantized(SPEC, DType.F32, biases), MlxQuantized(SPEC, DType.F16, True))
     assert repack is not None
     parts = parts_of(SPEC, mx.float32, biases=biases)
-    made = repack(parts)
+    made = repack(parts, 0, 3)
     assert set(made) == {"weight", "scales", "biases"}
     assert np.array_equal(np.array(made["weight"]), np.array(parts["weight"]))
     assert made["scales"].dtype == made["biases"].dtype == mx.float16
@@ -168,7 +168,7 @@ def test_block_float_scales_are_bytes_whatever_the_dtype_computed_in() -> None:
     spec = QuantSpec("mxfp4")
     repack = repacking(MlxQuantized(spec, DType.BF16, False), MlxQuantized(spec, DType.F16, False))
     parts = parts_of(spec, mx.bfloat16)
-    made = repack(parts) if repack is not None else parts
+    made = repack(parts, 0, 3) if repack is not None else parts
     assert made["scales"].dtype == mx.uint8
 
 

@@ -45,7 +45,7 @@ def test_word_parts_and_rows(dtype: DType) -> None:
 @pytest.mark.parametrize("target", [DType.F32, DType.F16, DType.BF16], ids=lambda d: d.name)
 def test_decode_rounds_once_and_encode_gives_it_back(dtype: DType, target: DType) -> None:
     array = mx.random.normal((5, 7), key=mx.random.key(3)).astype(getattr(mx, dtype.mlx))
-    decoded = Dense(dtype).decode({"weight": array}, 0, target)
+    decoded = Dense(dtype).decode({"weight": array}, 0, array.shape[0], target)
     assert decoded.dtype == getattr(mx, target.mlx)
     assert mx.array_equal(decoded, array.astype(decoded.dtype)).item()
     (again,) = Dense(target).encode(array).values()
@@ -57,7 +57,7 @@ def test_decode_rounds_once_and_encode_gives_it_back(dtype: DType, target: DType
 def test_nothing_happens_to_the_bits_of_strange_numbers(dtype: DType) -> None:
     numbers = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 6e-8]
     array = mx.array(numbers, dtype=getattr(mx, dtype.mlx))
-    decoded = Dense(dtype).decode({"weight": array}, 0, dtype)
+    decoded = Dense(dtype).decode({"weight": array}, 0, array.shape[0], dtype)
     assert np.array_equal(np.array(decoded.view(mx.uint8)), np.array(array.view(mx.uint8)))
 
 

@@ -114,7 +114,7 @@ def mla_attention(
     `split`: whether the class wants kv_b_proj as embed_q [h, r, n] and unembed_out [h, v, r].
     Source of the shapes: the reference modelling code; with `q_lora_rank` null there is one q_proj.
     """
-    hidden, heads = g.dim("hidden_size"), g.dim("num_attention_heads")
+    hidden, heads = g.dim("hidden_size"), g.count("num_attention_heads")
     nope, rope, value = g.dim("qk_nope_head_dim"), g.dim("qk_rope_head_dim"), g.dim("v_head_dim")
     rank, query_rank = g.dim("kv_lora_rank"), g.optional("q_lora_rank")
     bias = g.flag("attention_bias")
@@ -167,7 +167,7 @@ def experts(
     """Return the rules that stack the experts of a layer; `names` are the checkpoint's for gate, up, down."""
     where = {**where, "e": range(count)}
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
-    because = f"{label(count)} in config.json"
+    because = f"{label(count).replace(' ', ' = ', 1)} in config.json"
     return [
         Rule(
             (f"{prefix}.{{e}}.{name}.weight",),

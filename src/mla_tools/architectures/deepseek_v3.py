@@ -31,7 +31,7 @@ def decoder(
 
     def moe(layers: Domain) -> list[Rule]:
         where = {"l": layers}
-        count, shared = g.dim("n_routed_experts"), g.optional("n_shared_experts")
+        count, shared = g.count("n_routed_experts"), g.optional("n_shared_experts")
         rules = blocks.router(f"{mlp}.gate", count, hidden, where, correction=correction)
         rules += blocks.experts(f"{mlp}.experts", f"{mlp}.switch_mlp", count, hidden, inner, where)
         if shared:
@@ -42,7 +42,7 @@ def decoder(
     rules += blocks.mlp(mlp, hidden, g.dim("intermediate_size"), {"l": dense})
     drops = blocks.rotary_buffers(g, usual=rotary)
     layer = common(g.layers())
-    if g.config.get("n_routed_experts"):
+    if g.optional("n_routed_experts"):
         rules += moe(sparse)
         layer += moe(sparse)
     if mtp:

@@ -13,7 +13,7 @@ def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
     """Return the rules of MLA with its indexer; the indexer's k_norm is a LayerNorm with a bias."""
     prefix = "model.layers.{l}.self_attn.indexer"
     hidden, query_rank = g.dim("hidden_size"), g.dim("q_lora_rank")
-    heads, size = g.dim("index_n_heads"), g.dim("index_head_dim")
+    heads, size = g.count("index_n_heads"), g.dim("index_head_dim")
     return [
         *blocks.mla_attention(g, where),
         *blocks.linear(f"{prefix}.wq_b", (heads * size, query_rank), where),

@@ -16,6 +16,9 @@ OPEN = 1 << 31
 # No dimension of a real model comes near this; a larger one is a damaged or hostile config.
 _LARGEST = 1 << 28
 
+# Nor does a number of layers, experts or heads, of which names are made one by one.
+_LARGEST_COUNT = 4096
+
 
 class Num(int):
     """A number with the config keys it was made of, kept through sums and products for error messages."""
@@ -61,21 +64,27 @@ class Geometry:
         self.problems.append(Problem("config.json", f"{key} cannot be used", needed, found))
         return Num(1, key)
 
-    def dim(self, key: str, default: int | None = None, *, least: int = 1) -> Num:
-        """Return a size or count from the config."""
+    def count(self, key: str, default: int | None = None, *, least: int = 1) -> Num:
+        """Return how many of something there are: layers, experts, heads."""
+        return self.dim(key, default, least=least, most=_LARGEST_COUNT)
+
+    def dim(self, key: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST) -> Num:
+        """Return a size from the config."""
         value = self.config.get(key, default)
         if value is None and default is not None:
             value = default
-        needed = f"a whole number between {least} and {_LARGEST}"
+        needed = f"a whole number between {least} and {most}"
         if value is None:
             return self._complain(key, needed, "no such key")
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             return self._complain(key, needed, repr(value)[:80])
         return Num(value, f"{key} {value}")
 
     def optional(self, key: str) -> Num | None:
         """Return a size from the config, or None where the key is absent, null or 0."""
-        return self.dim(key) if self.config.get(key) else None
+        value = self.config.get(key)
+        absent = value is None or (value == 0 and type(value) is int)
+        return None if absent else self.dim(key)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Return a truth value from the config."""
@@ -107,7 +116,7 @@ class Geometry:
 
     def layers(self, key: str = "num_hidden_layers") -> range:
         """Return the layer numbers."""
-        return range(min(self.dim(key), 10_000))
+        return range(self.count(key))
 
     def moe_layers(self, experts: str = "n_routed_experts") -> tuple[Domain, Domain]:
         """Return the layers with a dense MLP and those with experts.
@@ -119,6 +128,6 @@ class Geometry:
         first = self.dim("first_k_dense_replace", 0, least=0)
         every = self.dim("moe_layer_freq", 1)
         sparse = frozenset(
-            layer for layer in layers if self.config.get(experts) and layer >= first and layer % every == 0
+            layer for layer in layers if self.optional(experts) and layer >= first and layer % every == 0
         )
         return frozenset(layers) - sparse, sparse

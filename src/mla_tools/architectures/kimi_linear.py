@@ -13,7 +13,7 @@ __all__ = ["FAMILY"]
 def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
     """Return the rules of a KDA layer; its convolutions are [c, 1, k] in torch and [c, k, 1] in MLX."""
     kda = g.section("linear_attn_config")
-    heads, size, kernel = kda.dim("num_heads"), kda.dim("head_dim"), kda.dim("short_conv_kernel_size", 4)
+    heads, size, kernel = kda.count("num_heads"), kda.dim("head_dim"), kda.dim("short_conv_kernel_size", 4)
     hidden, inner = g.dim("hidden_size"), heads * size
     prefix = "model.layers.{l}.self_attn"
     rules = []
@@ -48,7 +48,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     kda = frozenset(n - 1 for n in g.section("linear_attn_config").numbers("kda_layers", below=layers.stop))
     dense, sparse = g.moe_layers("num_experts")
     theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
-    count, where = g.dim("num_experts", least=0), {"l": sparse}
+    count, where = g.count("num_experts", least=0), {"l": sparse}
 
     rules = [rule for rule in blocks.embeddings(g) if not _is_tied_head(g, rule)]
     rules += blocks.decoder_norms(g, {"l": layers})

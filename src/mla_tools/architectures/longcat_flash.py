@@ -21,10 +21,10 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 def build_ngram(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     rules, drops = _decoder(g, "model.ngram_embeddings.word_embeddings")
-    splits = g.dim("emb_split_num", 4) * (g.dim("emb_neighbor_num", 4, least=2) - 1)
+    splits = g.count("emb_split_num", 4) * (g.count("emb_neighbor_num", 4, least=2) - 1)
     hidden = g.dim("hidden_size")
     words = g.dim("ngram_vocab_size_ratio", 78) * g.dim("vocab_size")
-    for i in range(min(splits, 1000)):
+    for i in range(splits):
         # No two tables have the same number of rows, so each has its own rule.
         where = {"i": range(i, i + 1)}
         width = hidden // splits
@@ -38,8 +38,8 @@ def _decoder(g: Geometry, words: str) -> tuple[list[Rule], list[Drop]]:
     layers, hidden = g.layers("num_layers"), g.dim("hidden_size")
     pair = {"l": layers, "i": range(2)}
     where = {"l": layers}
-    count = g.dim("n_routed_experts")
-    choices = count + g.dim("zero_expert_num", 0, least=0)
+    count = g.count("n_routed_experts")
+    choices = count + g.count("zero_expert_num", 0, least=0)
     mlp = "model.layers.{l}.mlp"
 
     classifier = blocks.linear(

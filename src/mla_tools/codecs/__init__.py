@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "SCALES",
     "Bundle",
     "Claim",
     "Codec",
@@ -33,6 +34,9 @@ __all__ = [
     "part_name",
     "repacking",
 ]
+
+# Endings of the stored tensors that belong to a weight, for messages about those that stand alone.
+SCALES = ("_scale_inv", "_scale", ".scale", ".scales", ".biases")
 
 # Formats that bundle several stored tensors; what none of them takes is dense or unknown.
 BUNDLING = (fp4.claim, fp8.claim, mlx_quantized.claim)
@@ -113,6 +117,7 @@ def repacking(source: Codec, target: Codec) -> Repack | None:
 
     def repack(parts: Parts, start: int, stop: int) -> Parts:
         parts = source.keep(parts, start, stop)
-        return parts if kept.dtype == target.dtype else mlx_quantized.recast(parts, target.dtype)
+        same = kept.dtype == target.dtype or not target.spec.has_biases
+        return parts if same else mlx_quantized.recast(parts, target.dtype)
 
     return repack

@@ -17,9 +17,12 @@ def local_folder(source: str, revision: str | None = None) -> Path:
 
     Raises MlaToolsError if it is neither a folder nor a repository that can be had.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MlaToolsError(f"{source[:200]}: no such folder ({error})") from error
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

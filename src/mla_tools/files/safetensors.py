@@ -102,7 +102,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise CheckpointError([problem]) from error
     problems = [Problem(file, f"the header has the key {shown(key)} twice", cause=AGAIN) for key in twice]
     # mx.save_safetensors writes null where it is given no metadata.
-    metadata = table.pop(METADATA, None) or {}
+    metadata = table.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
     entries = _check_entries(table, file, _LENGTH_BYTES + len(raw), size, problems)
     if type(metadata) is not dict or not all(map(_is_text, [*metadata, *metadata.values()])):
         found = _clip.repr(metadata)

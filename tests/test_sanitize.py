@@ -1,0 +1,385 @@
+"""`sanitize` over a dict of arrays against the `sanitize` of mlx-lm's own classes, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.utils import _get_classes
+
+import mla_tools
+from mla_tools import CheckpointError, QuantSpec
+from mla_tools.architectures import MODEL_TYPES
+from mla_tools.sample import write_sample
+
+Weights = dict[str, mx.array]
+Config = dict[str, Any]
+Sample = Callable[..., tuple[Weights, Config]]
+
+SPLIT = [family for family in MODEL_TYPES if family != "deepseek_v2"]  # mlx-lm's V2 keeps kv_b_proj whole
+each_family = pytest.mark.parametrize("family", MODEL_TYPES)
+each_split = pytest.mark.parametrize("family", SPLIT)
+
+SPECS = {
+    "affine": QuantSpec(),
+    "affine_8_32": QuantSpec(bits=8, group_size=32),
+    "mxfp4": QuantSpec("mxfp4"),
+    "mxfp8": QuantSpec("mxfp8"),
+    "nvfp4": QuantSpec("nvfp4"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    made: dict[tuple[str, str], Path] = {}
+
+    def folder(family: str, fmt: str) -> Path:
+        if (family, fmt) not in made:
+            made[family, fmt] = tmp_path_factory.mktemp("samples") / family
+            write_sample(family, made[family, fmt], fmt)
+        return made[family, fmt]
+
+    return folder
+
+
+@pytest.fixture
+def sample(folders: Callable[[str, str], Path]) -> Sample:
+    """Return weights and config as mlx-lm hands them to a class that knows no MTP layer but number 61."""
+
+    def load(family: str, fmt: str = "bf16") -> tuple[Weights, Config]:
+        folder = folders(family, fmt)
+        weights: Weights = {}
+        for file in folder.glob("*.safetensors"):
+            weights |= mx.load(str(file))
+        config = json.loads((folder / "config.json").read_text())
+        config = {**(MODEL_TYPES[family].defaults or {}), **config}
+        config["model_type"] = MODEL_TYPES[family].model_type
+        return {name: a for name, a in weights.items() if not name.startswith("model.layers.4.")}, config
+
+    return load
+
+
+def model_of(config: Config) -> Any:
+    model_class, args_class = _get_classes(config)
+    return model_class(args_class.from_dict(config))
+
+
+def same(left: mx.array, right: mx.array) -> bool:
+    alike = left.dtype == right.dtype and left.shape == right.shape
+    return alike and np.array_equal(np.array(left.view(mx.uint8)), np.array(right.view(mx.uint8)))
+
+
+def assert_same(got: Weights, wanted: Weights) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert same(got[name], wanted[name]), name
+
+
+def quantized(weights: Weights, spec: QuantSpec) -> Weights:
+    """Return weights as old converters left them: every matrix quantized as it lies, kv_b_proj too."""
+    made: Weights = {}
+    for name, array in weights.items():
+        is_router = name.endswith(("mlp.gate.weight", "moe.gate.weight", "classifier.weight"))
+        if array.ndim != 2 or not name.endswith(".weight") or array.shape[-1] % spec.group_size or is_router:
+            made[name] = array
+            continue
+        parts = mx.quantize(array, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+        for part, value in zip(("weight", "scales", "biases"), parts, strict=False):
+            made[name.removesuffix("weight") + part] = value
+    return made
+
+
+def load_strictly(weights: Weights, config: Config, spec: QuantSpec, **others: QuantSpec) -> Any:
+    """Load weights into mlx-lm's class as mlx_lm.load does, and return the model."""
+    model = model_of(config)
+
+    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        return dict(others.get(path.rpartition(".")[2], spec).config)
+
+    nn.quantize(model, class_predicate=how)
+    model.load_weights(list(weights.items()), strict=True)
+    return model
+
+
+# --- floats ------------------------------------------------------------------------------------------
+
+
+@each_family
+@pytest.mark.parametrize("fmt", ["bf16", "f32"])
+def test_dense_equals_mlx_lms_own_sanitize(family: str, fmt: str, sample: Sample) -> None:
+    weights, config = sample(family, fmt)
+    assert_same(mla_tools.sanitize(weights, config), model_of(config).sanitize(dict(weights)))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "kimi_k2"])
+def test_fp8_equals_mlx_lms_own_sanitize(family: str, sample: Sample) -> None:
+    weights, config = sample(family, "fp8")
+    assert any(array.dtype == mx.uint8 for array in weights.values())
+    assert_same(mla_tools.sanitize(weights, config), model_of(config).sanitize(dict(weights)))
+
+
+@each_family
+def test_fp8_of_every_family_loads_strictly(family: str, sample: Sample) -> None:
+    weights, config = sample(family, "fp8")
+    made = mla_tools.sanitize(weights, config)
+    model_of(config).load_weights(list(made.items()), strict=True)
+    assert {array.dtype for array in made.values()} <= {mx.bfloat16, mx.float32}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "glm4_moe_lite", "longcat_flash"])
+def test_mtp_layers_are_left_out(family: str, folders: Callable[[str, str], Path], sample: Sample) -> None:
+    whole: Weights = {}
+    for file in folders(family, "bf16").glob("*.safetensors"):
+        whole |= mx.load(str(file))
+    weights, config = sample(family)
+    is_mtp = [name for name in whole if name.startswith(("model.layers.4.", "model.mtp."))]
+    assert is_mtp
+    assert_same(mla_tools.sanitize(whole, config), mla_tools.sanitize(weights, config))
+
+
+@each_family
+def test_a_model_args_does_as_well_as_a_dict(family: str, sample: Sample) -> None:
+    weights, config = sample(family)
+    _, args_class = _get_classes(config)
+    assert_same(
+        mla_tools.sanitize(weights, args_class.from_dict(config)), mla_tools.sanitize(weights, config)
+    )
+
+
+@each_family
+def test_what_is_sanitized_already_stays_as_it_is(family: str, sample: Sample) -> None:
+    weights, config = sample(family)
+    once = mla_tools.sanitize(weights, config)
+    assert_same(mla_tools.sanitize(once, config), once)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"torch_dtype": "float16"},
+        {"dtype": "float16"},
+        {"text_config": {"dtype": "float16"}},
+    ],
+    ids=["torch_dtype", "dtype", "text_config"],
+)
+def test_dtypes_are_kept_whatever_the_config_says(keys: Config, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    del config["torch_dtype"]
+    made = mla_tools.sanitize(weights, {**config, **keys})
+    assert {array.dtype for array in made.values()} == {array.dtype for array in weights.values()}
+    assert mx.float16 not in {array.dtype for array in made.values()}
+
+
+# --- packed ------------------------------------------------------------------------------------------
+
+
+@each_family
+@pytest.mark.parametrize("mode", SPECS)
+def test_packed_weights_load_strictly(family: str, mode: str, sample: Sample) -> None:
+    weights, config = sample(family)
+    spec = SPECS[mode]
+    made = mla_tools.sanitize(quantized(weights, spec), config)
+    load_strictly(made, config, spec)
+    assert any(array.dtype == mx.uint32 for array in made.values())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_k2", "glm4_moe_lite", "longcat_flash"])
+def test_packed_experts_equal_mlx_lms_own_sanitize(family: str, sample: Sample) -> None:
+    weights, config = sample(family)
+    packed = quantized(weights, QuantSpec())
+    got, wanted = mla_tools.sanitize(packed, config), model_of(config).sanitize(dict(packed))
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        # mlx-lm decodes and encodes V again, which costs precision: there ours is the better one.
+        if ".unembed_out." not in name:
+            assert same(got[name], wanted[name]), name
+
+
+@each_split
+@pytest.mark.parametrize("mode", SPECS)
+def test_rows_of_v_keep_their_bits(family: str, mode: str, sample: Sample) -> None:
+    weights, config = sample(family)
+    packed = quantized(weights, SPECS[mode])
+    made = mla_tools.sanitize(packed, config)
+    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
+    found = 0
+    for name, array in packed.items():
+        before, is_kv_b, part = name.partition(".kv_b_proj.")
+        if is_kv_b and not before.startswith("model.mtp."):
+            rows = array.reshape(heads, -1, array.shape[-1])[:, nope:]
+            assert same(made[f"{before}.unembed_out.{part}"], mx.contiguous(rows)), name
+            found += 1
+    assert found >= 2
+
+
+@pytest.mark.parametrize("mode", SPECS)
+def test_the_k_half_is_encoded_as_asked(mode: str, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    spec, fine = SPECS[mode], QuantSpec(bits=8, group_size=32)
+    packed = quantized(weights, spec)
+    name = "model.layers.2.self_attn.embed_q"
+    source = mla_tools.sanitize(packed, config, embed_q="source")
+    floats = mla_tools.sanitize(packed, config, embed_q="float")
+    eight = mla_tools.sanitize(packed, config, embed_q=fine)
+    dense = mla_tools.sanitize(weights, config)[f"{name}.weight"]
+
+    assert f"{name}.scales" not in floats
+    fused = "model.layers.2.self_attn.kv_b_proj"
+    parts = [packed[f"{fused}.{p}"] for p in ("weight", "scales", "biases") if f"{fused}.{p}" in packed]
+    decoded = mx.dequantize(*parts, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+    k = decoded.reshape(4, 128, 128)[:, :64].swapaxes(1, 2)
+    assert same(floats[f"{name}.weight"], mx.contiguous(k).astype(floats[f"{name}.weight"].dtype))
+    for made, wanted in ((source, spec), (eight, fine)):
+        again = mx.quantize(
+            mx.contiguous(k), group_size=wanted.group_size, bits=wanted.bits, mode=wanted.mode
+        )
+        for part, array in zip(("weight", "scales", "biases"), again, strict=False):
+            assert same(made[f"{name}.{part}"], array)
+    assert dense.shape == floats[f"{name}.weight"].shape
+    load_strictly(eight, config, spec, embed_q=fine)
+    load_strictly(floats, config, spec)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])
+def test_affine_weights_without_biases_get_zeros(family: str, sample: Sample) -> None:
+    weights, config = sample(family)
+    packed = quantized(weights, QuantSpec())
+    symmetric = {name: array for name, array in packed.items() if not name.endswith(".biases")}
+    made = mla_tools.sanitize(symmetric, config)
+    biases = [name for name in made if name.endswith("unembed_out.biases")]
+    assert biases
+    assert not any(mx.any(made[name]).item() for name in biases)
+    load_strictly(made, config, QuantSpec())
+
+
+def test_mixed_widths_keep_their_own(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    packed = quantized(weights, QuantSpec())
+    name = "model.layers.0.mlp.down_proj"
+    parts = mx.quantize(weights[f"{name}.weight"], group_size=32, bits=6)
+    packed |= {
+        f"{name}.{part}": array for part, array in zip(("weight", "scales", "biases"), parts, strict=True)
+    }
+    made = mla_tools.sanitize(packed, config)
+    for part, array in zip(("weight", "scales", "biases"), parts, strict=True):
+        assert same(made[f"{name}.{part}"], array)
+
+
+# --- manners -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp8"])
+def test_the_dict_and_the_config_that_were_given_are_not_changed(fmt: str, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", fmt)
+    before, keys = dict(weights), json.dumps(config)
+    made = mla_tools.sanitize(weights, config)
+    assert list(weights) == list(before)
+    assert all(weights[name] is before[name] for name in before)
+    assert json.dumps(config) == keys
+    assert made is not weights
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp8"])
+def test_nothing_is_evaluated(fmt: str, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", fmt)
+    nbytes = sum(array.nbytes for array in weights.values())
+    before = mx.get_active_memory()
+    made = mla_tools.sanitize(weights, config)
+    lazy = mx.get_active_memory() - before
+    mx.eval(made)
+    assert lazy < nbytes / 100
+    assert mx.get_active_memory() - before > nbytes / 2
+
+
+def test_order_does_not_matter(sample: Sample) -> None:
+    weights, config = sample("kimi_linear")
+    backwards = dict(reversed(weights.items()))
+    made, again = mla_tools.sanitize(weights, config), mla_tools.sanitize(backwards, config)
+    assert list(made) == list(again)
+    assert_same(made, again)
+
+
+# --- errors ------------------------------------------------------------------------------------------
+
+
+def problems(weights: Weights, config: Config) -> dict[str, str]:
+    with pytest.raises(CheckpointError) as caught:
+        mla_tools.sanitize(weights, config)
+    return {problem.subject: problem.what for problem in caught.value.problems}
+
+
+def test_all_problems_are_listed_at_once(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    layer = "model.layers.2"
+    del weights[f"{layer}.mlp.experts.5.up_proj.weight"]
+    del weights["model.norm.weight"]
+    weights["model.visual.weight"] = mx.zeros((2, 2))
+    weights["lm_head.weight"] = mx.zeros((511, 256))
+    found = problems(weights, config)
+    assert found == {
+        f"{layer}.mlp.switch_mlp.up_proj": "expert 5 is missing",
+        "model.norm": "missing",
+        "model.visual": "unknown tensor",
+        "lm_head": "wrong shape",
+    }
+
+
+def test_a_tensor_in_both_layouts_is_a_problem(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    made = mla_tools.sanitize(weights, config)
+    name = "model.layers.1.self_attn.unembed_out.weight"
+    found = problems({**weights, name: made[name]}, config)
+    assert found["model.layers.1.self_attn.unembed_out.weight".removesuffix(".weight")] == "is there twice"
+
+
+@pytest.mark.parametrize("spelt", ["01", "001", "\u0661"])
+def test_a_layer_number_spelt_in_two_ways_is_not_taken_silently(spelt: str, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    weights[f"model.layers.{spelt}.input_layernorm.weight"] = mx.zeros((256,))
+    assert f"model.layers.{spelt}.input_layernorm" in problems(weights, config)
+
+
+def test_a_number_of_ten_thousand_digits_is_an_unknown_tensor(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    name = f"model.layers.{'1' * 10_000}.input_layernorm"
+    weights[f"{name}.weight"] = mx.zeros((256,))
+    assert problems(weights, config) == {name: "unknown tensor"}
+
+
+@pytest.mark.parametrize(
+    "dtype", [mx.bool_, mx.complex64, mx.int8, mx.uint16, mx.uint64], ids=lambda dtype: str(dtype)
+)
+def test_a_tensor_of_a_dtype_that_no_model_has_is_a_problem(dtype: mx.Dtype, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    weights["model.mask"] = mx.zeros((2, 2)).astype(dtype)
+    assert list(problems(weights, config)) == ["model.mask"]
+
+
+def test_scales_that_do_not_fit_are_a_problem(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", "fp8")
+    name = "model.layers.0.mlp.down_proj"
+    weights[f"{name}.weight_scale_inv"] = mx.zeros((3, 4))
+    assert name in problems(weights, config)
+
+
+def test_a_config_of_no_family_is_a_problem() -> None:
+    assert problems({}, {"model_type": "llama"}) == {"config.json": "this architecture is not known"}
+
+
+def test_a_config_without_its_numbers_lists_them(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    for key in ("kv_lora_rank", "v_head_dim"):
+        del config[key]
+    with pytest.raises(CheckpointError) as caught:
+        mla_tools.sanitize(weights, config)
+    assert len(caught.value.problems) == 2
+    assert "kv_lora_rank" in str(caught.value)
+    assert "v_head_dim" in str(caught.value)

@@ -1,0 +1,127 @@
+"""The output against mlx-lm's own class: what is compared, and how the child process is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conversion import convert
+
+from mla_tools.architectures import MODEL_TYPES
+from mla_tools.errors import CheckpointError, MlaToolsError
+from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.sample import write_sample
+from mla_tools.verify import ManifestCheck, compare, manifest
+
+Shapes = dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("samples") / "deepseek_v3"
+    write_sample("deepseek_v3", folder)
+    return folder
+
+
+def output(source: Path, out: Path, *flags: str) -> tuple[dict[str, Any], Shapes]:
+    """Convert, and return config and shapes as they stand in the output."""
+    convert(source, out, *flags)
+    checkpoint = open_checkpoint(out)
+    shapes = {name: list(stored.spec.shape) for name, stored in checkpoint.tensors.items()}
+    return json.loads((out / "config.json").read_text()), shapes
+
+
+def test_equal_sides_have_no_differences() -> None:
+    assert compare({"a": [2, 3], "b": []}, {"b": (), "a": (2, 3)}) == []
+    assert compare({}, {}) == []
+
+
+def test_all_three_kinds_of_differences_are_named() -> None:
+    stored = {"a": [2, 3], "more": [1], "same": [4]}
+    declared = {"a": [3, 2], "same": [4], "wanted": [5, 6]}
+    found = {problem.subject: problem for problem in compare(stored, declared)}
+    assert list(found) == ["a", "more", "wanted"]
+    assert "another shape" in found["a"].what
+    assert (found["a"].needed, found["a"].found) == ("[3, 2]", "[2, 3]")
+    assert "no such parameter" in found["more"].what
+    assert found["more"].found == "[1]"
+    assert "wants this parameter" in found["wanted"].what
+    assert found["wanted"].needed == "[5, 6]"
+
+
+FLAGS = {"plain": [], "affine": ["-q"], "mxfp8": ["-q", "--q-mode", "mxfp8"],
+         "mixed": ["-q", "--quant-predicate", "mixed_3_6"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_the_manifest_of_an_output_is_what_is_in_it(flags: str, source: Path, tmp_path: Path) -> None:
+    config, shapes = output(source, tmp_path / "out", *FLAGS[flags])
+    assert manifest(config, shapes) == shapes
+    assert any(name.endswith(".scales") for name in shapes) == (flags != "plain")
+
+
+def test_a_tensor_that_is_dense_is_expected_dense(source: Path, tmp_path: Path) -> None:
+    config, shapes = output(source, tmp_path / "out", "-q")
+    name = "model.layers.1.self_attn.o_proj"
+    for part in ("scales", "biases"):
+        del shapes[f"{name}.{part}"]
+    assert [problem.subject for problem in compare(shapes, manifest(config, shapes))] == [f"{name}.weight"]
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_every_module_of_a_quantized_family_is_in_the_manifest(family: str, tmp_path: Path) -> None:
+    write_sample(family, tmp_path / "sample")
+    config, shapes = output(tmp_path / "sample", tmp_path / "out", "-q")
+    assert compare(shapes, manifest(config, shapes)) == []
+
+
+def test_the_child_agrees_with_an_output(source: Path, tmp_path: Path) -> None:
+    config, shapes = output(source, tmp_path / "out", "-q")
+    check = ManifestCheck(config, shapes)
+    check.wait()
+    check.cancel()  # may come after wait, as `finally` has it
+
+
+def test_the_child_lists_every_difference(source: Path, tmp_path: Path) -> None:
+    config, shapes = output(source, tmp_path / "out")
+    del shapes["model.norm.weight"]
+    shapes["lm_head.weight"] = [1, 2]
+    shapes["model.extra"] = [3]
+    check = ManifestCheck(config, shapes)
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            check.wait()
+    finally:
+        check.cancel()
+    subjects = [problem.subject for problem in caught.value.problems]
+    assert subjects == ["lm_head.weight", "model.extra", "model.norm.weight"]
+
+
+def test_a_config_that_mlx_lm_cannot_build_is_said_in_its_words(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    check = ManifestCheck({**config, "model_type": "kimi_linear"}, {})
+    try:
+        with pytest.raises(MlaToolsError, match=r"mlx-lm cannot build this model: .*missing.*head_dim"):
+            check.wait()
+    finally:
+        check.cancel()
+
+
+def test_a_model_type_that_mlx_lm_lacks_is_said_in_its_words() -> None:
+    check = ManifestCheck({"model_type": "no_such_model"}, {})
+    try:
+        with pytest.raises(MlaToolsError, match="Model type no_such_model not supported"):
+            check.wait()
+    finally:
+        check.cancel()
+
+
+def test_cancel_ends_the_child_and_may_come_twice() -> None:
+    check = ManifestCheck({"model_type": "deepseek_v3"}, {})
+    child = check._child
+    check.cancel()
+    assert child.poll() is not None
+    assert all(pipe is None or pipe.closed for pipe in (child.stdin, child.stdout, child.stderr))
+    check.cancel()
