@@ -6,6 +6,7 @@ import json
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -307,27 +308,30 @@ def test_a_second_run_takes_over_and_the_first_cannot_finish(tmp_path: Path) -> 
     assert path.read_bytes().endswith(b"2" * 8)
 
 
-@pytest.fixture
-def small_files() -> Iterator[object]:
-    """Yield a function that limits how large a file may become: a stand-in for a full disk."""
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Limit how large a file may become: a stand-in for a full disk.
+
+    The limit holds for the test runner's own output too, so nothing is printed within.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_without_room_is_a_sentence(tmp_path: Path, small_files: object) -> None:
+def test_a_disk_without_room_is_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    spec = {"a": Spec((4000,), DType.U8)}
-    size = layout(spec, {}).size
-    small_files(1000)  # type: ignore[operator]
-    with pytest.raises(MlaToolsError, match=rf"File too large; it needs {size:,} bytes; free some space"):
-        Writer(path, layout(spec, {}))
+    laid = layout({"a": Spec((4000,), DType.U8)}, {})
+    sentence = rf"File too large; it needs {laid.size:,} bytes; free some space"
+    with pytest.raises(MlaToolsError, match=sentence), files_up_to(1000):
+        Writer(path, laid)
     assert list(tmp_path.iterdir()) == []
-    small_files(size)  # type: ignore[operator]
-    with Writer(path, layout(spec, {})) as writer:
-        small_files(2000)  # type: ignore[operator]
+    with Writer(path, laid) as writer:
         # The first part of the write still succeeds, and the rest is tried again.
-        with pytest.raises(MlaToolsError, match="cannot be written: File too large"):
+        with pytest.raises(MlaToolsError, match="cannot be written: File too large"), files_up_to(2000):
             writer.write("a", 0, bytes(4000))
         assert writer.written == 0
     assert list(tmp_path.iterdir()) == []
