@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["main", "options_of", "parser"]
 
 _DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
+
+_EMBED_Q = "8,32"
 
 _DESCRIPTION = """\
 Turn downloaded checkpoints of MLA models into ones that run on MLX.
@@ -175,13 +177,49 @@ def options_of(args: argparse.Namespace) -> Options:
     if given and not args.quantize:
         raise UsageError(f"{', '.join(given)} says how to quantize; it needs -q.")
     spec = QuantSpec(args.q_mode or "affine", args.q_bits, args.q_group_size) if args.quantize else None
+    embed_q, overrides = args.embed_q, [_override(text) for text in args.q_override]
+    if args.recipe:
+        recipe = _read_recipe(Path(args.recipe))
+        if "quantize" in recipe and spec is None:
+            spec = QuantSpec.parse(str(recipe["quantize"]))
+        embed_q = embed_q or recipe.get("embed_q")
+        overrides = [*_recipe_overrides(recipe), *overrides]
     return Options(
         quantize=spec,
         recipe=args.quant_predicate,
         dtype=_DTYPES[args.dtype] if args.dtype else None,
         dequantize=args.dequantize,
-        embed_q=_embed_q(args.embed_q),
+        embed_q=_embed_q(str(embed_q or _EMBED_Q)),
+        overrides=tuple(overrides),
     )
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Return a recipe file, a YAML mapping of the keys below."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--recipe {path}: cannot be read: {error}") from error
+    known = {"quantize", "embed_q", "overrides"}
+    if not isinstance(recipe, dict) or not set(recipe) <= known:
+        raise UsageError(f"--recipe {path}: it must be a mapping with no other keys than {sorted(known)}")
+    return recipe
+
+
+def _recipe_overrides(recipe: dict[str, Any]) -> list[tuple[str, QuantSpec | None]]:
+    overrides = recipe.get("overrides") or {}
+    if not isinstance(overrides, dict):
+        raise UsageError("overrides in a recipe are a mapping of REGEX to BITS[,GROUP[,MODE]] or float")
+    return [_override(f"{pattern}={spec}") for pattern, spec in overrides.items()]
+
+
+def _override(text: str) -> tuple[str, QuantSpec | None]:
+    pattern, equals, spec = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--q-override {text}: give REGEX=BITS[,GROUP[,MODE]] or REGEX=float")
+    return pattern, None if spec == "float" else QuantSpec.parse(spec)
 
 
 def _embed_q(text: str) -> EmbedQ:
@@ -267,6 +305,15 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add("--q-mode", choices=sorted(MODES), help="default: affine")
     add("--quant-predicate", choices=RECIPES, help="mixed-bit recipe; needs -q")
     add(
+        "--q-override",
+        metavar="REGEX=BITS[,GROUP[,MODE]]",
+        action="append",
+        default=[],
+        help="another choice for the modules in whose path REGEX is found, or REGEX=float; may be repeated,"
+        " the last that is found counts",
+    )
+    add("--recipe", metavar="FILE", help="choices in a YAML file: quantize, embed_q and overrides")
+    add(
         "--dtype",
         choices=list(_DTYPES),
         help="of what is not quantized (default: torch_dtype in config.json)",
@@ -275,8 +322,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add(
         "--embed-q",
         metavar="source|float|BITS[,GROUP[,MODE]]",
-        default="8,32",
-        help="encoding of the K half of a kv_b_proj that keeps its quantization (default: %(default)s)",
+        help=f"encoding of the K half of a kv_b_proj that keeps its quantization (default: {_EMBED_Q})",
     )
     add(
         "--trust-remote-code",

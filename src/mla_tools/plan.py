@@ -7,6 +7,7 @@ and tells everything that is wrong with a checkpoint in one go, before a byte is
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,8 @@ class Options:
     checkpoint's own. `quantize` and `recipe`: the target encoding. `embed_q`: what becomes of the K
     half of a quantized kv_b_proj, whose groups lie across the new axis: encoded like the source, with
     a QuantSpec of its own, or left in floats.
+    `overrides`: pairs of a regular expression and what becomes of the modules in whose path it is found,
+    None for floats; the last that is found counts.
     """
 
     quantize: QuantSpec | None = None
@@ -82,6 +85,7 @@ class Options:
     dtype: DType | None = None
     dequantize: bool = False
     embed_q: EmbedQ = field(default_factory=lambda: QuantSpec("affine", 8, 32))
+    overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
 
     def __post_init__(self) -> None:
         if self.quantize and self.dequantize:
@@ -90,6 +94,19 @@ class Options:
             raise UsageError("--quant-predicate says how to quantize; it needs -q.")
         if self.recipe and self.quantize and self.quantize.mode != "affine":
             raise UsageError("Quant predicates only support 'affine' quantization.")
+        for pattern, _ in self.overrides:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--q-override {pattern}: not a regular expression: {error}") from error
+
+    def overriding(self, path: str) -> tuple[str, QuantSpec | None] | None:
+        """Return the override that decides on the module at this path, or None."""
+        found = None
+        for override in self.overrides:
+            if re.search(override[0], path):
+                found = override
+        return found
 
 
 class Source(NamedTuple):
@@ -150,6 +167,8 @@ class Steps:
     # Module path -> the quantization of its weight, and the paths that a recipe or the class names.
     quantized: dict[str, QuantSpec]
     named: set[str]
+    # The patterns of the overrides that were found in a path.
+    overridden: set[str]
 
 
 @dataclass(frozen=True)
@@ -204,6 +223,11 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
+    if idle := [pattern for pattern, _ in options.overrides if pattern not in made.overridden]:
+        raise UsageError(
+            f"--q-override {', '.join(idle)}: decides on no module. A path looks like"
+            " model.layers.3.self_attn.embed_q; the last override that is found in a path counts."
+        )
     new_config = _output_config(config, made, options)
     return Plan(
         checkpoint,
@@ -234,7 +258,7 @@ def make_steps(
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
     family, table = table_of(config)
-    made = Steps(family, [], [], [], [], {}, set())
+    made = Steps(family, [], [], [], [], {}, set(), set())
     lost = lost or {}
     inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
     for source, match in _claimed(stored, config, table, made):
@@ -380,7 +404,14 @@ def _choose(
         dtype = options.dtype
     wanted: QuantSpec | None = None
     kept = source.kept if param.quantizable and not options.dequantize else None
-    if options.quantize is not None and param.quantizable:
+    override = options.overriding(short(name)) if param.quantizable else None
+    if override is not None:
+        made.overridden.add(override[0])
+        wanted = override[1]
+        if wanted is not None and not wanted.divides(spec.width):
+            made.problems.append(_indivisible(name, spec.width, wanted, override[0]))
+            wanted = None
+    elif options.quantize is not None and param.quantizable:
         wanted, named = _quantized_as(name, param, table, options)
         if spec.width % options.quantize.group_size or not wanted.divides(spec.width):
             wanted = None
@@ -435,6 +466,16 @@ def _exactness(sources: Sequence[Source], codec: Codec, dtype: DType, moved: boo
 def _narrower(dtype: DType, other: DType) -> bool:
     """Whether not every number of `other` is one of `dtype`; bf16 and f16 do not hold each other."""
     return dtype is not other and dtype is not DType.F32
+
+
+def _indivisible(name: str, width: int, spec: QuantSpec, pattern: str) -> Problem:
+    return Problem(
+        short(name),
+        f"cannot be quantized as {spec}",
+        needed=f"a last axis that is a multiple of {spec.group_size}",
+        found=f"{width}",
+        cause=f"The override {pattern!r} asks for it.",
+    )
 
 
 # --- problems ----------------------------------------------------------------------------------------

@@ -43,7 +43,17 @@ _DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4,
 # recipe -> (bits of most layers, bits of the layers that matter more), as `mlx_lm.convert` has them.
 _RECIPE_BITS = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
-RECIPES = tuple(_RECIPE_BITS)
+# The same recipes for MLA: "mla_mixed_4_6" is "mixed_4_6" with 8 bits for what follows.
+_MLA = "mla_"
+
+# The projections that all heads and tokens go through, small and sensitive: the halves of kv_b_proj,
+# the low-rank projections, the routers. Their last components in mlx-lm's module paths.
+_MLA_PARTS = frozenset(
+    {"embed_q", "unembed_out", "kv_b_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate", "classifier"}
+)
+_MLA_BITS = 8
+
+RECIPES = (*_RECIPE_BITS, *(_MLA + recipe for recipe in _RECIPE_BITS))
 
 # MLX packs codes without gaps into words of this many bits.
 _WORD_BITS = 32
@@ -243,14 +253,18 @@ def recipe_spec(recipe: str, path: str, num_layers: int, group_size: int = 64) -
     The layer index is the number after the first component "layers", as in "model.layers.7.mlp" and
     "language_model.model.layers.7.mlp". A path without one counts as index 0, as in mlx-lm; so does
     "model.ngram_embeddings.embedders.0" (LongCat Flash), where mlx-lm stops at int("embedders").
-    Names are compared as mlx-lm compares them: "v_b_proj" is also found in "kv_b_proj". Raises
-    UsageError for an unknown recipe or a group size that affine quantization does not have.
+    Names are compared as mlx-lm compares them: "v_b_proj" is also found in "kv_b_proj". The recipes
+    "mla_mixed_…" are ours: embed_q, unembed_out, the low-rank projections, routers and indexers get 8
+    bits, all else what the recipe without "mla_" says. Raises UsageError for an unknown recipe or a
+    group size that affine quantization does not have.
 
     Source: `mixed_quant_predicate_builder` in mlx_lm/convert.py, after llama.cpp's Q4_K_M.
     """
-    if recipe not in _RECIPE_BITS:
+    if recipe not in RECIPES:
         raise UsageError(f"recipe {recipe!r} does not exist; the recipes are {', '.join(RECIPES)}")
-    low, high = _RECIPE_BITS[recipe]
+    if recipe.startswith(_MLA) and (path.rpartition(".")[2] in _MLA_PARTS or ".indexer." in path):
+        return QuantSpec("affine", _MLA_BITS, group_size)
+    low, high = _RECIPE_BITS[recipe.removeprefix(_MLA)]
     index = _layer_index(path)
     eighth = num_layers // 8
     # The first and the last eighth of the layers, and every third one between.
