@@ -405,7 +405,9 @@ def _exactness(sources: Sequence[Source], codec: Codec, dtype: DType, moved: boo
     quantized = any(source.codec.quantized for source in sources)
     nominal = {source.spec.dtype for source in sources}
     if moved:
-        if all(_narrower(dtype, other) for other in nominal):
+        # The form that holds a source's numbers exactly can be wider than the dtype of its scales.
+        exact = {source.codec.kept.dtype for source in sources if source.codec.kept is not None}
+        if any(_narrower(dtype, other) for other in exact):
             return "rounded"
         return "copied" if all(source.codec == codec for source in sources) else "repacked"
     if codec.quantized:
