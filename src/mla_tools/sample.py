@@ -29,7 +29,7 @@ __all__ = ["write_sample", "write_tokenizer"]
 
 # What quantized checkpoints leave in floats, by the ending of the module's name.
 # Source: the header listings of DeepSeek V3 and V3.2.
-_NEVER_QUANTIZED = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", "mlp.gate")
+_NEVER_QUANTIZED = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", ".gate")
 
 _EOS = "<|end|>"
 
