@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from mla_tools.codecs import repacking
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.safetensors import Reader, Writer
 from mla_tools.ops import Slab
-from mla_tools.plan import SLAB_ELEMENTS, Plan, Step
+from mla_tools.plan import SLAB_ELEMENTS, Plan, Source, Step
 from mla_tools.spec import Spec
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ def transform(step: Step, slab: Slab, parts: Sequence[Parts]) -> list[dict[str, 
             continue
         dtype = target.spec.dtype
         if dtype.name not in decoded:
-            arrays = [
-                step.sources[read.index].codec.decode(held, read.start, read.stop, dtype).reshape(read.shape)
-                for read, held in zip(slab.reads, parts, strict=True)
-            ]
+            arrays = []
+            for read, held in zip(slab.reads, parts, strict=True):
+                source = step.sources[read.index]
+                with _named(source):
+                    array = source.codec.decode(held, read.start, read.stop, dtype)
+                arrays.append(array.reshape(read.shape))
             decoded[dtype.name] = step.op.apply(arrays)
         results.append(target.codec.encode(decoded[dtype.name][output]))
     return results
@@ -62,9 +64,11 @@ def _move(step: Step, slab: Slab, parts: Sequence[Parts], output: int) -> dict[s
     target = step.targets[slab.writes[output].index]
     packed: list[Parts] = []
     for read, held in zip(slab.reads, parts, strict=True):
-        repack = repacking(step.sources[read.index].codec, target.codec)
+        source = step.sources[read.index]
+        repack = repacking(source.codec, target.codec)
         assert repack is not None
-        packed.append(repack(held, read.start, read.stop))
+        with _named(source):
+            packed.append(repack(held, read.start, read.stop))
     return {
         part: step.op.apply(
             [
@@ -74,6 +78,15 @@ def _move(step: Step, slab: Slab, parts: Sequence[Parts], output: int) -> dict[s
         )[output]
         for part in target.parts
     }
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Name the tensor in whose data a codec finds something wrong."""
+    try:
+        yield
+    except MlaToolsError as error:
+        raise MlaToolsError(f"{source.label}: {error}") from error
 
 
 def check_output(folder: Path) -> None:
@@ -194,12 +207,8 @@ def _slab(
         source = step.sources[block.index]
         cut = source.codec.cut(block.start, block.stop)
         parts.append({part: _read(plan, reader, source.parts[part], *rows) for part, rows in cut.items()})
-    try:
-        results = transform(step, slab, parts)
-        mx.eval(results)
-    except MlaToolsError as error:
-        names = ", ".join(step.sources[block.index].name for block in slab.reads)
-        raise MlaToolsError(f"{names}: {error}") from error
+    results = transform(step, slab, parts)
+    mx.eval(results)
     written = 0
     for block, result in zip(slab.writes, results, strict=True):
         target = step.targets[block.index]

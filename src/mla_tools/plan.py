@@ -117,6 +117,11 @@ class Source(NamedTuple):
     codec: Codec
     parts: Mapping[str, str]
 
+    @property
+    def label(self) -> str:
+        """The name as people say it."""
+        return short(self.name)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -451,7 +456,9 @@ def _exactness(sources: Sequence[Source], codec: Codec, dtype: DType, moved: boo
     quantized = any(source.codec.quantized for source in sources)
     nominal = {source.spec.dtype for source in sources}
     if moved:
-        if all(_narrower(dtype, other) for other in nominal):
+        # The form that holds a source's numbers exactly can be wider than the dtype of its scales.
+        exact = {source.codec.kept.dtype for source in sources if source.codec.kept is not None}
+        if any(_narrower(dtype, other) for other in exact):
             return "rounded"
         return "copied" if all(source.codec == codec for source in sources) else "repacked"
     if codec.quantized:
@@ -486,11 +493,11 @@ def _unknown(source: Source, family: Family) -> Problem:
     if source.name.endswith(SCALES):
         cause = "It looks like a scale whose weight is missing or stored in a format not known here."
     found = f"{source.spec} ({source.codec.word})"
-    return Problem(short(source.name), "unknown tensor", found=found, cause=cause)
+    return Problem(source.label, "unknown tensor", found=found, cause=cause)
 
 
 def _misshapen(source: Source, shape: tuple[int, ...]) -> Problem:
-    return Problem(short(source.name), "wrong shape", _shape_text(shape), f"{list(source.spec.shape)}")
+    return Problem(source.label, "wrong shape", _shape_text(shape), f"{list(source.spec.shape)}")
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

@@ -29,7 +29,7 @@ __all__ = ["FORMATS", "write_sample", "write_tokenizer"]
 
 # What quantized checkpoints leave in floats, by the ending of the module's name.
 # Source: the header listings of DeepSeek V3 and V3.2.
-_NEVER_QUANTIZED = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", "mlp.gate")
+_NEVER_QUANTIZED = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", ".gate")
 
 _EOS = "<|end|>"
 
@@ -50,20 +50,18 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
         raise MlaToolsError(f"{folder} already exists; a sample is written to a new folder.")
     config = dict(MODEL_TYPES[family].sample)
     found, table = table_of(config)
-    stored: dict[str, mx.array] = {}
-    specs: dict[str, Spec] = {}
+    stored: dict[str, tuple[Spec, mx.array]] = {}
     for tensor, array in _tensors(table, config, seed).items():
         codec, dtype = _format(tensor, array, found, fmt)
+        specs = codec.encoded(Spec(tuple(array.shape), dtype))
         for part, value in codec.encode(array.astype(getattr(mx, dtype.mlx))).items():
-            stored[part_name(tensor, part)] = value
-        for part, spec in codec.encoded(Spec(tuple(array.shape), dtype)).items():
-            specs[part_name(tensor, part)] = spec
+            stored[part_name(tensor, part)] = specs[part], value
     sample = FORMATS[fmt]
     if sample.section is not None:
         config["quantization_config"] = dict(sample.section)
     config["torch_dtype"] = {"F16": "float16", "F32": "float32"}.get(sample.dtype.name, "bfloat16")
     folder.mkdir(parents=True)
-    _write_shards(folder, stored, specs, shards)
+    _write_shards(folder, stored, shards)
     _write_json(folder / "config.json", config)
     write_tokenizer(folder)
 
@@ -126,12 +124,15 @@ def _format(tensor: str, array: mx.array, family: Family, fmt: str) -> tuple[Cod
         codec = Dense(dtype)
     if tensor.endswith(family.float32):
         return Dense(DType.F32), DType.F32
+    try:
+        codec.encoded(Spec(tuple(array.shape), dtype))
+    except ValueError:
+        # Groups or words do not divide it, so it stays dense.
+        codec = Dense(dtype)
     return codec, dtype
 
 
-def _write_shards(
-    folder: Path, stored: Mapping[str, mx.array], specs: Mapping[str, Spec], count: int
-) -> None:
+def _write_shards(folder: Path, stored: Mapping[str, tuple[Spec, mx.array]], count: int) -> None:
     import mlx.core as mx
     import numpy as np
 
@@ -141,14 +142,14 @@ def _write_shards(
         # Every count-th name, so that a weight and its scale lie in different files, as they may.
         held = names[number::count]
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        laid = layout({tensor: specs[tensor] for tensor in held}, {"format": "pt"})
-        writer = Writer(folder / file, laid)
+        specs = {tensor: stored[tensor][0] for tensor in held}
+        writer = Writer(folder / file, layout(specs, {"format": "pt"}))
         for tensor in held:
-            flat = mx.contiguous(stored[tensor]).reshape(-1).view(mx.uint8)
+            flat = mx.contiguous(stored[tensor][1]).reshape(-1).view(mx.uint8)
             writer.write(tensor, 0, np.array(flat, copy=False))
             weight_map[tensor] = file
         writer.finish()
-    total = sum(array.nbytes for array in stored.values())
+    total = sum(spec.nbytes for spec, _ in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
 

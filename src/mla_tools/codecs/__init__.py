@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from mla_tools.codecs import dense, fp4, fp8, mlx_quantized
+from mla_tools.codecs import awq, compressed_int, dense, fp4, fp8, gptq, mlx_quantized
 from mla_tools.codecs.codec import Claim, Codec, Module, Sample, part_name
 from mla_tools.codecs.dense import Dense
 from mla_tools.codecs.fp8 import Fp8Block
@@ -39,10 +39,17 @@ __all__ = [
 SCALES = ("_scale_inv", "_scale", ".scale", ".scales", ".biases")
 
 # Formats that bundle several stored tensors; what none of them takes is dense or unknown.
-BUNDLING = (fp4.claim, fp8.claim, mlx_quantized.claim)
+BUNDLING = (fp4.claim, fp8.claim, mlx_quantized.claim, compressed_int.claim, awq.claim, gptq.claim)
 
 # Every format that a sample can be written in, by the name that --format takes.
-FORMATS: dict[str, Sample] = {**dense.SAMPLES, **fp4.SAMPLES, **fp8.SAMPLES}
+FORMATS: dict[str, Sample] = {
+    **dense.SAMPLES,
+    **fp8.SAMPLES,
+    **fp4.SAMPLES,
+    **compressed_int.SAMPLES,
+    **awq.SAMPLES,
+    **gptq.SAMPLES,
+}
 
 Parts = Mapping[str, "mx.array"]
 

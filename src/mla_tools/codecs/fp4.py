@@ -73,6 +73,8 @@ class Fp4:
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, width = spec.shape
+        if width % self.group:
+            raise ValueError(f"groups of {self.group} do not divide a last axis of {width}")
         codes, scales = self.dtypes
         parts = {
             self.codes: Spec((*head, width // 2), codes),
