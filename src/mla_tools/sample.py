@@ -48,12 +48,14 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
         raise MlaToolsError(f"{folder} already exists; a sample is written to a new folder.")
     config = dict(MODEL_TYPES[family].sample)
     found, table = table_of(config)
-    stored: dict[str, mx.array] = {}
+    sample = FORMATS[fmt]
+    stored: dict[str, tuple[Spec, mx.array]] = {}
     for tensor, array in _tensors(table, config, seed).items():
         codec, dtype = _format(tensor, array, found, fmt)
+        # MLX has no 8-bit floats, so only the codec knows what its bytes are.
+        specs = codec.encoded(Spec(tuple(array.shape), sample.dtype))
         for part, value in codec.encode(array.astype(dtype)).items():
-            stored[part_name(tensor, part)] = value
-    sample = FORMATS[fmt]
+            stored[part_name(tensor, part)] = specs[part], value
     if sample.section is not None:
         config["quantization_config"] = dict(sample.section)
     config["torch_dtype"] = {"F16": "float16", "F32": "float32"}.get(sample.dtype.name, "bfloat16")
@@ -126,7 +128,7 @@ def _format(tensor: str, array: mx.array, family: Family, fmt: str) -> tuple[Cod
     return codec, getattr(mx, dtype.mlx)
 
 
-def _write_shards(folder: Path, stored: Mapping[str, mx.array], count: int) -> None:
+def _write_shards(folder: Path, stored: Mapping[str, tuple[Spec, mx.array]], count: int) -> None:
     import mlx.core as mx
     import numpy as np
 
@@ -136,23 +138,16 @@ def _write_shards(folder: Path, stored: Mapping[str, mx.array], count: int) -> N
         # Every count-th name, so that a weight and its scale lie in different files, as they may.
         held = names[number::count]
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        specs = {tensor: _spec(tensor, stored[tensor]) for tensor in held}
+        specs = {tensor: stored[tensor][0] for tensor in held}
         writer = Writer(folder / file, layout(specs, {"format": "pt"}))
         for tensor in held:
-            flat = mx.contiguous(stored[tensor]).reshape(-1).view(mx.uint8)
+            flat = mx.contiguous(stored[tensor][1]).reshape(-1).view(mx.uint8)
             writer.write(tensor, 0, np.array(flat, copy=False))
             weight_map[tensor] = file
         writer.finish()
-    total = sum(array.nbytes for array in stored.values())
+    total = sum(spec.nbytes for spec, _ in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _spec(tensor: str, array: mx.array) -> Spec:
-    import mlx.core as mx
-
-    dtypes = {mx.float32: DType.F32, mx.float16: DType.F16, mx.bfloat16: DType.BF16, mx.uint8: DType.F8_E4M3}
-    return Spec(tuple(array.shape), dtypes[array.dtype])
 
 
 def write_tokenizer(folder: Path) -> None:
