@@ -27,6 +27,7 @@ from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.quantization import QuantSpec
 from mla_tools.sample import write_sample
+from mla_tools.sanitize import sanitize
 from mla_tools.spec import DType, Spec
 
 Floats = NDArray[np.float32]
@@ -704,3 +705,20 @@ def test_asked_for_mxfp8_what_is_not_what_it_is_declared_to_be_stops_the_run(tmp
         convert(tmp_path / "source", tmp_path / "out", "-q", "--q-mode", "mxfp8")
     assert not (tmp_path / "out").exists()
     convert(tmp_path / "source", tmp_path / "plain")
+
+
+@each_sample
+def test_arrays_that_have_lost_their_dtypes_are_read_alike(family: str, fmt: str) -> None:
+    folder = sample(family, fmt)
+    weights: dict[str, mx.array] = {}
+    for file in folder.glob("*.safetensors"):
+        weights |= mx.load(str(file))
+    made = sanitize(weights, json.loads((folder / "config.json").read_text()), embed_q="float")
+    assert any(name.endswith(".scales") for name in made) == (fmt in MXFP8_SAMPLES)
+    for name, values in expected(family, fmt).items():
+        got = made[name]
+        if got.dtype == mx.uint32:
+            scales = made[name.removesuffix("weight") + "scales"]
+            got = mx.dequantize(got, scales, mode="mxfp8", group_size=32, bits=8, dtype=mx.float32)
+        rounded = values if got.dtype == mx.float32 else values.astype(ml_dtypes.bfloat16).astype(np.float32)
+        assert np.array_equal(np.array(got.astype(mx.float32)), rounded), name
