@@ -427,9 +427,9 @@ def _choose(
         wanted = _embed_q(kept.spec, spec.width, options) if across else kept.spec
     if wanted is None:
         return Dense(dtype), dtype
-    if source.kept is not None and wanted == source.kept.spec and not wanted.has_biases:
+    if not wanted.has_biases and repacking(source, MlxQuantized(wanted, DType.BF16, False)) is not None:
         # The block-float modes hold no float dtype, so none can be changed.
-        dtype = source.kept.dtype
+        dtype = DType.BF16
     made.quantized[short(name)] = wanted
     return MlxQuantized(wanted, dtype, wanted.has_biases), dtype
 

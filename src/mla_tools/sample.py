@@ -50,13 +50,14 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
         raise MlaToolsError(f"{folder} already exists; a sample is written to a new folder.")
     config = dict(MODEL_TYPES[family].sample)
     found, table = table_of(config)
+    sample = FORMATS[fmt]
     stored: dict[str, tuple[Spec, mx.array]] = {}
     for tensor, array in _tensors(table, config, seed).items():
         codec, dtype = _format(tensor, array, found, fmt)
+        # MLX has no 8-bit floats, so only the codec knows what its bytes are.
         specs = codec.encoded(Spec(tuple(array.shape), dtype))
         for part, value in codec.encode(array.astype(getattr(mx, dtype.mlx))).items():
             stored[part_name(tensor, part)] = specs[part], value
-    sample = FORMATS[fmt]
     if sample.section is not None:
         config["quantization_config"] = dict(sample.section)
     config["torch_dtype"] = {"F16": "float16", "F32": "float32"}.get(sample.dtype.name, "bfloat16")

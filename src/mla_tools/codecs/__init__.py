@@ -102,8 +102,12 @@ def bundle(module: Module) -> Bundle:
 
 def _why_not(leaf: str, module: Module) -> str:
     dtype = module.leaves[leaf].dtype.name
+    if dtype == "F8_E8M0":
+        return f"{dtype} is a dtype of scales, and nothing here has this one as its scale"
+    if dtype == "F8_E5M2":
+        return f"{dtype} codes are not read, only F8_E4M3"
     if dtype.startswith("F8"):
-        return f"{dtype} without a scale ({leaf}_scale_inv)"
+        return f"{dtype} without a scale ({leaf}_scale_inv, {leaf}_scale or scale)"
     if dtype == "U32" and "scales" not in module.leaves:
         return "packed codes (U32) without scales"
     beside = ", ".join(sorted(module.leaves))
@@ -118,13 +122,14 @@ def repacking(source: Codec, target: Codec) -> Repack | None:
     """
     if source == target:
         return lambda parts, start, stop: parts
-    kept = source.kept
+    kept = source.convertible if isinstance(source, Fp8Block) else source.kept
     if kept is None or not isinstance(target, MlxQuantized) or target.spec != kept.spec:
         return None
 
     def repack(parts: Parts, start: int, stop: int) -> Parts:
         parts = source.keep(parts, start, stop)
-        same = kept.dtype == target.dtype or not target.spec.has_biases
+        # Block-float scales are bytes, whatever dtype they are decoded to.
+        same = kept.dtype == target.dtype or not kept.spec.has_biases
         return parts if same else mlx_quantized.recast(parts, target.dtype)
 
     return repack

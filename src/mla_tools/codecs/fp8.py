@@ -1,120 +1,143 @@
-"""FP8: E4M3 codes with one scale per block of 128 rows and 128 columns.
-
-Source: DeepSeek-V3's README_WEIGHTS: `weight_scale_inv` is what a block is multiplied with (the
-name notwithstanding); at the right and lower edges blocks are cut off, so a [576, 7168] weight has
-scales [5, 56].
-"""
+"""Which stored tensors are FP8: the names, the shapes and the dtypes of the scales."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from mla_tools.codecs.codec import Claim, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Module, Sample, part_name
+from mla_tools.codecs.fp8_block import E8M0, GROUP, WHOLE, Fp8Block
 from mla_tools.spec import DType, Spec
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 __all__ = ["SAMPLES", "Fp8Block", "claim"]
 
-_BLOCK = 128
+# What DeepSeek V3 and Mistral, compressed-tensors and ModelOpt, and DeepSeek's own V4 call the scales.
+_PARTS = ("_scale_inv", "_scale", "scale")
 
-# mx.load gives uint8 for E4M3, so a dict of arrays has lost the dtype.
-_CODES = frozenset({DType.F8_E4M3, DType.U8})
+# Told by their shapes where the config names none; 1x32 is the format that OCP calls MXFP8.
+_BLOCKS = ((128, 128), (32, 32), (1, 32))
 
+Block = tuple[int, int]
 
-@dataclass(frozen=True)
-class Fp8Block:
-    """E4M3 codes and F32 scales of `block` x `block` values."""
-
-    block: int = _BLOCK
-
-    @property
-    def word(self) -> str:
-        return f"fp8 {self.block}x{self.block}"
-
-    @property
-    def quantized(self) -> bool:
-        return True
-
-    @property
-    def kept(self) -> None:
-        return None
-
-    def encoded(self, spec: Spec) -> dict[str, Spec]:
-        rows, width = spec.shape
-        scales = (-(-rows // self.block), -(-width // self.block))
-        return {"weight": Spec(spec.shape, DType.F8_E4M3), "_scale_inv": Spec(scales, DType.F32)}
-
-    def cut(self, start: int, stop: int) -> dict[str, Rows]:
-        return {"weight": (start, stop), "_scale_inv": (start // self.block, -(-stop // self.block))}
-
-    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
-        import mlx.core as mx
-
-        codes, scales = parts["weight"], parts["_scale_inv"]
-        rows, width = codes.shape
-        first = start // self.block
-        # Which scale row each code row takes, counted from the first scale row at hand.
-        which = (mx.arange(start, start + rows) // self.block) - first
-        scales = mx.repeat(scales.astype(mx.float32), self.block, axis=1)[:, :width]
-        values = mx.from_fp8(codes, dtype=mx.float32) * scales[which]
-        return values.astype(getattr(mx, dtype.mlx))
-
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-        raise TypeError(f"MLX has no form of {self.word}")
-
-    def encode(self, array: mx.array) -> dict[str, mx.array]:
-        import mlx.core as mx
-
-        # For samples: the scale maps the largest value of a block to 448, the largest E4M3.
-        rows, width = array.shape
-        down, across = -rows % self.block, -width % self.block
-        values = mx.pad(array.astype(mx.float32), [(0, down), (0, across)])
-        tiles = values.reshape(values.shape[0] // self.block, self.block, -1, self.block)
-        scales = mx.maximum(mx.abs(tiles).max(axis=(1, 3)), 1e-12) / 448.0
-        codes = mx.to_fp8(tiles / scales[:, None, :, None]).reshape(values.shape)[:rows, :width]
-        return {"weight": mx.contiguous(codes), "_scale_inv": scales}
-
-
-SAMPLES = {
-    "fp8": Sample(
-        Fp8Block(),
-        DType.BF16,
-        {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [_BLOCK, _BLOCK],
-        },
-    )
-}
+_SCALES = frozenset({DType.F32, DType.BF16, DType.F16}) | E8M0
 
 
 def claim(module: Module) -> list[Claim]:
-    """Claim an E4M3 leaf together with its `_scale_inv`; ValueError where their shapes disagree."""
+    """Claim each leaf of E4M3 codes together with its scales.
+
+    Raises ValueError where a leaf has two kinds of scales, or scales that do not fit it.
+    """
     claims = []
-    block = module.quantization.get("weight_block_size", [_BLOCK, _BLOCK])
     for leaf, spec in module.leaves.items():
-        scales = module.leaves.get(f"{leaf}_scale_inv")
-        if spec.dtype not in _CODES or scales is None:
+        parts = [part for part in _PARTS if _has_scales(part, leaf, spec, module)]
+        if not parts:
             continue
-        if block != [_BLOCK, _BLOCK]:
-            raise ValueError(f"weight_block_size {block} is not supported, only [{_BLOCK}, {_BLOCK}]")
-        if scales.dtype is not DType.F32:
-            raise ValueError(f"{leaf}_scale_inv is {scales.dtype.name}; FP8 scales must be F32 here")
-        if len(spec.shape) != 2:
-            raise ValueError(f"{leaf} is {spec}; FP8 weights must have two axes here")
-        codec = Fp8Block()
-        needed = codec.encoded(spec)["_scale_inv"]
-        if scales != needed:
-            raise ValueError(
-                f"{leaf}_scale_inv is {scales}, but {leaf} {list(spec.shape)} in blocks of "
-                f"{_BLOCK}x{_BLOCK} needs {needed}"
-            )
-        parts = {"weight": leaf, "_scale_inv": f"{leaf}_scale_inv"}
+        names = [part_name(leaf, part) for part in parts]
+        if len(parts) > 1:
+            raise ValueError(f"{leaf} has scales twice: {' and '.join(names)}")
+        codec = _codec(leaf, spec, parts[0], names[0], module)
         # BF16 is what the values are nominally: the checkpoint's own dtype before it was quantized.
-        claims.append(Claim(leaf, Spec(spec.shape, DType.BF16), codec, parts))
+        nominal = Spec(spec.shape, DType.BF16)
+        claims.append(Claim(leaf, nominal, codec, {"weight": leaf, parts[0]: names[0]}))
     return claims
+
+
+def _has_scales(part: str, leaf: str, spec: Spec, module: Module) -> bool:
+    if part_name(leaf, part) not in module.leaves or (part == "scale" and leaf != "weight"):
+        return False
+    # mx.load gives uint8 for E4M3, so a dict of arrays has lost the dtype. Two 4-bit codes are packed in
+    # a byte under the same names, but then the rows have half the bytes.
+    is_bytes = spec.dtype is DType.U8 and (part == "_scale_inv" or spec.width == module.width)
+    return spec.dtype is DType.F8_E4M3 or is_bytes
+
+
+def _codec(leaf: str, spec: Spec, part: str, name: str, module: Module) -> Fp8Block:
+    scales = module.leaves[name]
+    if scales.dtype not in _SCALES:
+        raise ValueError(f"{name} is {scales.dtype.name}, which FP8 scales are not stored in")
+    if len(spec.shape) not in (2, 3) or 0 in spec.shape:
+        raise ValueError(
+            f"{leaf} is {spec}; FP8 weights must have two axes, or three where experts are fused"
+        )
+    named = _named_block(module)
+    declared = scales.dtype in E8M0 or module.quantization.get("scale_fmt") == "ue8m0"
+    needed = []
+    for block, experts, axes in _layouts(spec, named):
+        packs = declared and spec.width % GROUP == 0 and block[1] % GROUP == 0
+        codec = Fp8Block(block, scales.dtype, part, experts, axes, packs)
+        shape = codec.encoded(spec)[part].shape
+        if shape == scales.shape:
+            return codec
+        size = "" if WHOLE in block else f" in blocks of {block[0]}x{block[1]}"
+        needed.append(f"{list(shape)}{size}")
+    raise ValueError(
+        f"{name} is {scales}, but {leaf} {list(spec.shape)} needs {' or '.join(dict.fromkeys(needed))}"
+        + (" (weight_block_size in config.json)" if named else "")
+    )
+
+
+def _named_block(module: Module) -> Block | None:
+    """Return the block size that the config names, if it does."""
+    named = module.quantization.get("weight_block_size")
+    if named is None:
+        return None
+    if isinstance(named, list) and len(named) == 2 and all(type(side) is int and side > 0 for side in named):
+        return (named[0], named[1])
+    raise ValueError(f"weight_block_size must be two whole numbers, such as [128, 128], not {named!r}")
+
+
+def _layouts(spec: Spec, named: Block | None) -> Iterator[tuple[Block, int, int]]:
+    """Yield the ways to lay out scales, as the `block`, `experts` and `axes` of an `Fp8Block`."""
+    experts = spec.shape[-2] if len(spec.shape) == 3 else 0
+    for block in [named] if named else _BLOCKS:
+        yield block, experts, 2
+    if named:
+        return
+    row, weight = (1, WHOLE), (WHOLE, WHOLE)
+    yield from ((row, experts, axes) for axes in (2, 1))
+    yield from ((weight, experts, axes) for axes in (2, 1, 0))
+    # One scale for a whole stack of experts.
+    yield from ((weight, 0, axes) for axes in (1, 0))
+
+
+def _deepseek(block: int, **more: str) -> dict[str, object]:
+    section = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    return {**section, "weight_block_size": [block, block], **more}
+
+
+def _compressed_tensors(**weights: object) -> dict[str, object]:
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    tokens = {**common, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": {**common, **weights}, "input_activations": tokens}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+SAMPLES = {
+    "fp8": Sample(Fp8Block(), DType.BF16, _deepseek(128)),
+    # As DeepSeek V3.1 and V3.2 have them, powers of two in F32, and as V4 has them.
+    "fp8-ue8m0-f32": Sample(Fp8Block(packs=True), DType.BF16, _deepseek(128, scale_fmt="ue8m0")),
+    "fp8-ue8m0": Sample(
+        Fp8Block(scales=DType.F8_E8M0, packs=True), DType.BF16, _deepseek(128, scale_fmt="ue8m0")
+    ),
+    "fp8-32x32": Sample(
+        Fp8Block((32, 32), DType.F8_E8M0, "scale", packs=True), DType.BF16, _deepseek(32, scale_fmt="ue8m0")
+    ),
+    "fp8-tensor": Sample(
+        Fp8Block((WHOLE, WHOLE), DType.BF16, axes=0),
+        DType.BF16,
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+    ),
+    "ct-fp8-channel": Sample(
+        Fp8Block((1, WHOLE), DType.BF16, "_scale"), DType.BF16, _compressed_tensors(strategy="channel")
+    ),
+    "ct-fp8-block": Sample(
+        Fp8Block(scales=DType.BF16, part="_scale"),
+        DType.BF16,
+        _compressed_tensors(strategy="block", block_structure=[128, 128]),
+    ),
+}

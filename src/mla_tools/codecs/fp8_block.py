@@ -1,0 +1,205 @@
+"""FP8: E4M3 codes, each multiplied with the scale of the block of the weight that it stands in.
+
+A block is 128 x 128 or 32 x 32 values, a whole row, or the whole weight; at the right and lower edges
+blocks are cut off, so a [576, 7168] weight in blocks of 128 x 128 has scales [5, 56]. Of a stack of
+experts [e, o, i] each has blocks of its own.
+
+Sources: DeepSeek-V3's README_WEIGHTS (`weight_scale_inv` is what a block is multiplied with, the name
+notwithstanding), and the headers of DeepSeek V4, Mistral Small 4 and checkpoints of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from mla_tools.codecs.codec import Rows
+from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.errors import MlaToolsError
+from mla_tools.quantization import QuantSpec
+from mla_tools.spec import DType, Spec
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+__all__ = ["E8M0", "GROUP", "MXFP8", "WHOLE", "Fp8Block"]
+
+# A side of a block that is as long as the weight's own.
+WHOLE = 0
+
+# A byte u that means 2^(u - 127), 255 NaN. mx.load gives uint8 for E8M0, and some writers do.
+E8M0 = frozenset({DType.F8_E8M0, DType.U8})
+
+MXFP8 = MlxQuantized(QuantSpec("mxfp8"), DType.BF16, biases=False)
+
+GROUP = MXFP8.spec.group_size
+
+_Index = TypeVar("_Index", int, "mx.array")
+
+
+@dataclass(frozen=True)
+class Fp8Block:
+    """E4M3 codes and a scale for each block of `block` rows and columns, a side WHOLE as the weight's.
+
+    `part` and `scales`: the scales' name and dtype. `experts`: the rows of each expert of a stack,
+    0 where all rows are one weight. `axes`: how many of the last two axes of the scales, [rows of
+    blocks, columns of blocks], their shape spells out: 2 all, 1 without the columns, 0 neither; an
+    axis left out is 1 long, but with 0 the experts stay. `packs`: the scales are powers of two and
+    fit mxfp8's groups, so MLX can hold the same numbers.
+    """
+
+    block: tuple[int, int] = (128, 128)
+    scales: DType = DType.F32
+    part: str = "_scale_inv"
+    experts: int = 0
+    axes: int = 2
+    packs: bool = False
+
+    @property
+    def word(self) -> str:
+        rows, columns = self.block
+        if columns != WHOLE:
+            return f"fp8 {rows}x{columns}"
+        return "fp8 per tensor" if rows == WHOLE else "fp8 per row"
+
+    @property
+    def quantized(self) -> bool:
+        return True
+
+    @property
+    def kept(self) -> MlxQuantized | None:
+        return MXFP8 if self.packs and self.scales in E8M0 else None
+
+    @property
+    def convertible(self) -> MlxQuantized | None:
+        """The form in which MLX can hold these numbers if it is asked for.
+
+        Floats that are declared to be powers of two can be anything, and `keep` looks at each; so that
+        form is nothing a conversion aims at by itself.
+        """
+        return MXFP8 if self.packs else None
+
+    def encoded(self, spec: Spec) -> dict[str, Spec]:
+        *head, rows, width = spec.shape
+        if not self.experts:
+            head, rows = [], spec.rows
+        across = 1 if self.block[1] == WHOLE else -(-width // self.block[1])
+        shape = (*head, *(self._down(rows), across)[: self.axes])
+        return {"weight": Spec(spec.shape, DType.F8_E4M3), self.part: Spec(shape, self.scales)}
+
+    def cut(self, start: int, stop: int) -> dict[str, Rows]:
+        if start == stop:
+            return {"weight": (start, stop), self.part: (0, 0)}
+        if self.axes == 2:
+            rows = (self._scale_row(start), self._scale_row(stop - 1) + 1)
+        elif self.axes == 1 and self.experts:
+            rows = (start // self.experts, (stop - 1) // self.experts + 1)
+        else:
+            rows = (0, 1)
+        return {"weight": (start, stop), self.part: rows}
+
+    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
+        import mlx.core as mx
+
+        codes = parts["weight"]
+        scales = self._spread(_floats(parts[self.part], self.scales), start, stop, codes.shape[-1], 1)
+        return (mx.from_fp8(codes, dtype=mx.float32) * scales).astype(getattr(mx, dtype.mlx))
+
+    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        """Return rows start..stop as mxfp8, bit for bit; this looks at the scales' values.
+
+        Raises MlaToolsError for a scale that is no power of two from 2^-127 to 2^127: NaN too, because
+        MLX takes mxfp8's byte 255 for infinity.
+        """
+        import mlx.core as mx
+
+        if not self.packs:
+            raise TypeError(f"MLX has no form of {self.word}")
+        codes = parts["weight"]
+        scales = self._spread(self._bytes(parts[self.part]), start, stop, codes.shape[-1], GROUP)
+        return {"weight": mx.contiguous(codes).view(mx.uint32), "scales": scales}
+
+    def encode(self, array: mx.array) -> dict[str, mx.array]:
+        import mlx.core as mx
+
+        # For samples: the scale maps the largest value of a block to 448, the largest E4M3. Powers of
+        # two are rounded up, so that no value is larger than that.
+        width = array.shape[-1]
+        rows = self.experts or array.size // width
+        tall, wide = self.block[0] or rows, self.block[1] or width
+        values = array.astype(mx.float32).reshape(-1, rows, width)
+        values = mx.pad(values, [(0, 0), (0, -rows % tall), (0, -width % wide)])
+        _, padded_rows, padded_width = values.shape
+        tiles = values.reshape(-1, padded_rows // tall, tall, padded_width // wide, wide)
+        scales = mx.maximum(mx.abs(tiles).max(axis=(2, 4)), 1e-12) / 448.0
+        if self.packs or self.scales in E8M0:
+            bits = scales.view(mx.uint32)
+            exponents = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+            stored = exponents.astype(mx.uint8)
+            if self.scales not in E8M0:
+                stored = _floats(stored, DType.F8_E8M0).astype(getattr(mx, self.scales.mlx))
+        else:
+            stored = scales.astype(getattr(mx, self.scales.mlx))
+        codes = mx.to_fp8(tiles / _floats(stored, self.scales)[:, :, None, :, None])
+        codes = codes.reshape(values.shape)[:, :rows, :width].reshape(array.shape)
+        shape = self.encoded(Spec(tuple(array.shape), DType.BF16))[self.part].shape
+        return {"weight": mx.contiguous(codes), self.part: stored.reshape(shape)}
+
+    def _down(self, rows: int) -> int:
+        """Return the rows of blocks that a weight of this many rows has."""
+        return 1 if self.block[0] == WHOLE else -(-rows // self.block[0])
+
+    def _scale_row(self, row: _Index) -> _Index:
+        """Return which row of blocks a row stands in, those of all experts counted through."""
+        before = row * 0
+        if self.experts:
+            before = row // self.experts * self._down(self.experts)
+            row = row % self.experts
+        return before if self.block[0] == WHOLE else before + row // self.block[0]
+
+    def _spread(self, scales: mx.array, start: int, stop: int, width: int, unit: int) -> mx.array:
+        """Return a scale for each `unit` values of the rows start..stop, from the stored scales."""
+        import mlx.core as mx
+
+        # The row of blocks with which the stored scales at hand begin.
+        first = self._scale_row(start)
+        if self.axes < 2:
+            scales = scales.reshape(-1, 1)
+            whole_experts = self.axes == 1 and self.experts
+            first = start // self.experts * self._down(self.experts) if whole_experts else 0
+        scales = scales[self._scale_row(mx.arange(start, stop)) - first]
+        if self.block[1] == WHOLE:
+            return mx.broadcast_to(scales, (stop - start, width // unit))
+        return mx.repeat(scales, self.block[1] // unit, axis=1)[:, : width // unit]
+
+    def _bytes(self, scales: mx.array) -> mx.array:
+        """Return scales as E8M0 bytes; MlaToolsError where one is none that MLX reads as the same number."""
+        import mlx.core as mx
+
+        if self.scales in E8M0:
+            found, good = scales, scales != 255
+        else:
+            bits = scales.astype(mx.float32).view(mx.uint32)
+            # One bit of exponent and nothing else, or the one bit that makes the subnormal 2^-127.
+            normal = ((bits & 0x807FFFFF) == 0) & (bits != 0) & (bits != 0x7F800000)
+            good = normal | (bits == 0x400000)
+            found = (bits >> 23).astype(mx.uint8)
+        if not mx.all(good).item():
+            first = mx.argmax(mx.logical_not(good).reshape(-1))
+            number = _floats(scales, self.scales).reshape(-1)[first].item()
+            raise MlaToolsError(
+                f"mxfp8 holds powers of two from 2^-127 to 2^127 as scales, and there is a scale of {number}"
+            )
+        return found
+
+
+def _floats(scales: mx.array, dtype: DType) -> mx.array:
+    """Return stored scales as float32, which holds all of them exactly."""
+    import mlx.core as mx
+
+    if dtype not in E8M0:
+        return scales.astype(mx.float32)
+    # The byte is float32's exponent, but for 0, which is subnormal there, and 255.
+    bits = [0x400000, *(byte << 23 for byte in range(1, 255)), 0x7FC00000]
+    return mx.array(bits, dtype=mx.uint32).view(mx.float32)[scales]
