@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
@@ -14,7 +13,7 @@ from mlx_lm.utils import _get_classes
 from mla_tools.architectures import MODEL_TYPES, blocks, table_of
 from mla_tools.architectures.geometry import Geometry, Num, label
 from mla_tools.ops import SplitKvB, Stack
-from mla_tools.rules import Rule, Table
+from mla_tools.rules import Rule
 
 each_family = pytest.mark.parametrize("family", MODEL_TYPES)
 
@@ -50,6 +49,12 @@ def model_of(family: str, **keys: Any) -> Any:
 # Keys that change which tensors there are.
 VARIANTS: list[Any] = [
     *(pytest.param(family, {}, id=family) for family in MODEL_TYPES),
+    pytest.param("bailing_hybrid", {"q_lora_rank": 64}, id="bailing_hybrid-q_lora_rank"),
+    pytest.param("bailing_hybrid", {"tie_word_embeddings": True}, id="bailing_hybrid-tied"),
+    pytest.param("bailing_hybrid", {"layer_group_size": 3}, id="bailing_hybrid-unfinished_group"),
+    pytest.param(
+        "bailing_hybrid", {"layer_group_size": 1, "first_k_dense_replace": 0}, id="bailing_hybrid-mla"
+    ),
     pytest.param("deepseek_v2", {"q_lora_rank": 64}, id="deepseek_v2-q_lora_rank"),
     pytest.param("deepseek_v3", {"q_lora_rank": None}, id="deepseek_v3-no_q_lora_rank"),
     pytest.param("deepseek_v3", {"attention_bias": True}, id="deepseek_v3-attention_bias"),
@@ -104,6 +109,15 @@ def test_the_widths_that_a_class_prescribes_are_those_of_the_table(family: str) 
         if param.spec is not None
     }
     assert prescribed == wanted
+
+
+@each_family
+def test_what_a_class_leaves_dense_is_what_the_table_says(family: str) -> None:
+    model = model_of(family)
+    predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    modules = [pair for pair in model.named_modules() if hasattr(pair[1], "to_quantized")]
+    wanted = {f"{path}.weight" for path, module in modules if predicate(path, module) is False}
+    assert {name for name, (_, param) in sample_targets(family).items() if param.dense} == wanted
 
 
 @each_family
@@ -190,11 +204,10 @@ def test_linear_layers_take_their_bias_along() -> None:
 @pytest.mark.parametrize("layer", [4, 5, 9])
 def test_mtp_layers_are_everything_beyond_the_last_layer(layer: int) -> None:
     _, table = table_of(dict(MODEL_TYPES["deepseek_v3"].sample))
-    for inside in (
-        "eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens", "input_layernorm",
-        "self_attn.kv_b_proj", "self_attn.q_a_layernorm", "mlp.gate", "mlp.experts.7.up_proj",
-        "mlp.shared_experts.down_proj",
-    ):  # fmt: skip
+    own = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens")
+    attention = ("input_layernorm", "self_attn.kv_b_proj", "self_attn.q_a_layernorm")
+    experts = ("mlp.gate", "mlp.experts.7.up_proj", "mlp.shared_experts.down_proj")
+    for inside in own + attention + experts:
         match = table.lookup(f"model.layers.{layer}.{inside}.weight")
         assert match is not None, inside
         assert table.rule(match) is None
@@ -211,19 +224,3 @@ def test_rotary_buffers_are_dropped(family: str) -> None:
     assert match is not None
     assert "rope_theta" in table.drop(match).reason
     assert table.shape(match) == (16,)
-
-
-@each_family
-def test_no_table_reads_a_name_that_two_families_spell_differently(family: str) -> None:
-    # A table is built for other sizes as well: prime numbers that appear nowhere by accident.
-    sizes = {"hidden_size": 6 * 31, "vocab_size": 37, "num_attention_heads": 3, "kv_lora_rank": 11}
-    _, table = table_of({**MODEL_TYPES[family].sample, **sizes})
-    assert isinstance(table.inverse(), Table)
-    shapes_found = {shape for shape, _ in table.targets().values()}
-    assert (37, 6 * 31) in shapes_found
-    assert all(isinstance(int(axis), int) and axis > 0 for shape in shapes_found for axis in shape)
-
-
-def test_shapes_can_be_compared_with_those_of_arrays() -> None:
-    shape = (Num(2, "a"), Num(3, "b") * 2)
-    assert mx.zeros((2, 6)).shape == shape

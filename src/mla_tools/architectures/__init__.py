@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.architectures import (
+    bailing_moe_v3,
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
@@ -22,6 +23,7 @@ __all__ = ["MODEL_TYPES", "Family", "family_of", "table_of"]
 
 # model_type in config.json -> family. A new architecture is a file beside this one and a line here.
 MODEL_TYPES: dict[str, Family] = {
+    "bailing_hybrid": bailing_moe_v3.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "deepseek_v32": deepseek_v32.FAMILY,
