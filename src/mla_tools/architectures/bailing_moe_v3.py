@@ -5,7 +5,7 @@ from __future__ import annotations
 from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.ops import SwapLastAxes
-from mla_tools.rules import Drop, Param, Rule
+from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY"]
 

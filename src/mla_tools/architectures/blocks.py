@@ -226,8 +226,8 @@ def mtp_layers(
     prefix = "model.layers.{l}"
     own: dict[str, Shape] = {
         "eh_proj": (hidden, hidden * 2),
-        **{name: (hidden,) for name in norms},
-        **{name: (vocab, hidden) for name in tables},
+        **dict.fromkeys(norms, (hidden,)),
+        **dict.fromkeys(tables, (vocab, hidden)),
     }
     shapes: dict[str, Shape] = {f"{prefix}.{name}.weight": shape for name, shape in own.items()}
     shapes |= {text: shape for rule in layer for text, shape in zip(rule.source, rule.shapes, strict=True)}
