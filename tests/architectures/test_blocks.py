@@ -46,6 +46,12 @@ def model_of(family: str, **keys: Any) -> Any:
     return model_class(args_class.from_dict(config))
 
 
+def text(family: str, **keys: Any) -> dict[str, Any]:
+    return {"text_config": {**MODEL_TYPES[family].sample["text_config"], **keys}}
+
+
+K3_KDA = MODEL_TYPES["kimi_k3"].sample["text_config"]["linear_attn_config"]
+
 # Keys that change which tensors there are.
 VARIANTS: list[Any] = [
     *(pytest.param(family, {}, id=family) for family in MODEL_TYPES),
@@ -65,6 +71,23 @@ VARIANTS: list[Any] = [
     pytest.param("deepseek_v3", {"n_shared_experts": 3}, id="deepseek_v3-three_shared_experts"),
     pytest.param("deepseek_v3", {"qk_nope_head_dim": 32, "v_head_dim": 96}, id="deepseek_v3-unlike_heads"),
     pytest.param("glm4_moe_lite", {"q_lora_rank": None}, id="glm4_moe_lite-no_q_lora_rank"),
+    pytest.param("kimi_k3", text("kimi_k3", tie_word_embeddings=True), id="kimi_k3-tied"),
+    pytest.param("kimi_k3", text("kimi_k3", q_lora_rank=None), id="kimi_k3-no_q_lora_rank"),
+    pytest.param("kimi_k3", text("kimi_k3", mla_use_output_gate=False), id="kimi_k3-no_output_gate"),
+    pytest.param("kimi_k3", text("kimi_k3", attn_res_block_size=None), id="kimi_k3-no_residuals"),
+    pytest.param("kimi_k3", text("kimi_k3", routed_expert_hidden_size=None), id="kimi_k3-no_latent"),
+    pytest.param("kimi_k3", text("kimi_k3", latent_moe_use_norm=False), id="kimi_k3-no_latent_norm"),
+    pytest.param("kimi_k3", text("kimi_k3", num_shared_experts=0), id="kimi_k3-no_shared_experts"),
+    pytest.param(
+        "kimi_k3",
+        text("kimi_k3", linear_attn_config={**K3_KDA, "use_full_rank_gate": False}),
+        id="kimi_k3-low_rank_gate",
+    ),
+    pytest.param(
+        "kimi_k3",
+        text("kimi_k3", linear_attn_config={**K3_KDA, "num_heads": 96}),
+        id="kimi_k3-more_heads_than_head_dim",
+    ),
     pytest.param("kimi_linear", {"tie_word_embeddings": True}, id="kimi_linear-tied"),
     pytest.param("kimi_linear", {"num_shared_experts": 0}, id="kimi_linear-no_shared_experts"),
     pytest.param("kimi_linear", {"first_k_dense_replace": 0, "moe_layer_freq": 3}, id="kimi_linear-freq"),
@@ -224,3 +247,29 @@ def test_rotary_buffers_are_dropped(family: str) -> None:
     assert match is not None
     assert "rope_theta" in table.drop(match).reason
     assert table.shape(match) == (16,)
+
+
+def test_the_image_encoder_of_the_kimi_models_is_dropped_by_name() -> None:
+    _, table = table_of(dict(MODEL_TYPES["kimi_k3"].sample))
+    tower = ("encoder.blocks.26.mlp.fc1.bias", "encoder.final_layernorm.weight", "patch_embed.pos_emb.weight")
+    for name in (*(f"vision_tower.{name}" for name in tower), "mm_projector.proj.2.bias"):
+        match = table.lookup(name)
+        assert match is not None, name
+        assert "image encoder" in table.drop(match).reason
+        assert table.shape(match) is None
+    assert table.lookup("vision_tower.encoder.blocks.0.attn.weight") is None
+
+
+def test_the_decay_of_kimi_k3_is_padded_to_the_length_of_a_head() -> None:
+    config = dict(MODEL_TYPES["kimi_k3"].sample)
+    _, table = table_of(config)
+    name = "language_model.model.layers.0.self_attn.A_log"
+    match = table.lookup(name)
+    assert match is not None
+    assert table.shape(match) == (64,)
+    assert table.targets()[name][0] == (4,)
+    rule = table.rule(match)
+    assert rule is not None
+    # A converted checkpoint has the 4 alone, under the same name.
+    assert rule.is_done((4,))
+    assert not rule.is_done((64,))

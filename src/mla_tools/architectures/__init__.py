@@ -11,6 +11,7 @@ from mla_tools.architectures import (
     deepseek_v3,
     deepseek_v32,
     glm4_moe_lite,
+    kimi_k3,
     kimi_linear,
     longcat_flash,
 )
@@ -29,6 +30,7 @@ MODEL_TYPES: dict[str, Family] = {
     "deepseek_v32": deepseek_v32.FAMILY,
     "glm4_moe_lite": glm4_moe_lite.FAMILY,
     "kimi_k2": deepseek_v3.KIMI_K2,
+    "kimi_k3": kimi_k3.FAMILY,
     "kimi_linear": kimi_linear.FAMILY,
     "longcat_flash": longcat_flash.FAMILY,
     "longcat_flash_ngram": longcat_flash.NGRAM,

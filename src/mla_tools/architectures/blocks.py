@@ -30,6 +30,7 @@ __all__ = [
     "param",
     "rotary_buffers",
     "router",
+    "under",
 ]
 
 Where = Mapping[str, Domain]
@@ -95,6 +96,20 @@ def left_dense(rules: Iterable[Rule], *endings: str) -> list[Rule]:
         replace(rule, param=replace(rule.param, dense=True)) if rule.target[0].endswith(marked) else rule
         for rule in rules
     ]
+
+
+def under(prefix: str, rules: Iterable[Rule], drops: Iterable[Drop]) -> tuple[list[Rule], list[Drop]]:
+    """Return a table for a model that stands under `prefix` in the checkpoint and in mlx-lm's class."""
+
+    def inside(texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{prefix}.{text}" for text in texts)
+
+    moved = [replace(rule, source=inside(rule.source), target=inside(rule.target)) for rule in rules]
+    dropped = [
+        replace(drop, source=f"{prefix}.{drop.source}", marker=drop.marker and f"{prefix}.{drop.marker}")
+        for drop in drops
+    ]
+    return moved, dropped
 
 
 def embeddings(g: Geometry, *, words: str = "model.embed_tokens") -> list[Rule]:
