@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from mla_tools.ops import (
     AddPadding,
     ConcatRows,
+    CutRows,
     DropPadding,
     Op,
-    SplitRows,
     StackRows,
     UnstackRows,
 )
@@ -147,7 +147,7 @@ def test_the_last_axis_is_kept_exactly_where_output_rows_are_input_rows(case: Ca
 
 PACKED: list[tuple[Op, list[tuple[int, ...]]]] = [
     (ConcatRows((6, 2, 4)), [(6, 64), (2, 64), (4, 64)]),
-    (SplitRows((6, 2, 4)), [(12, 64)]),
+    (CutRows((6, 2, 4)), [(12, 64)]),
     (StackRows(3), [(6, 64)]),
     (UnstackRows(3), [(2, 3, 64)]),
 ]
@@ -169,7 +169,7 @@ REFUSED: list[tuple[Op, list[tuple[int, ...]], str]] = [
     (ConcatRows((2, 3)), [(2, 4), (2, 4)], "are not parts"),
     (ConcatRows((2, 3)), [(2, 4), (3, 5)], "are not parts"),
     (ConcatRows((2, 3)), [(2,), (3,)], "are not parts"),
-    (SplitRows((2, 3)), [(6, 4)], "has no parts"),
+    (CutRows((2, 3)), [(6, 4)], "has no parts"),
     (StackRows(3), [(7, 4)], "whole number of blocks"),
     (StackRows(3), [(6,)], "whole number of blocks"),
     (UnstackRows(3), [(2, 4, 5)], "has no blocks"),

@@ -26,13 +26,13 @@ __all__ = [
     "AddPadding",
     "Block",
     "ConcatRows",
+    "CutRows",
     "DropPadding",
     "MergeKvB",
     "Op",
     "Same",
     "Slab",
     "SplitKvB",
-    "SplitRows",
     "Stack",
     "StackRows",
     "SwapLastAxes",
@@ -312,8 +312,8 @@ class ConcatRows:
         parts = [array.swapaxes(-1, -2) for array in arrays] if self.swap else list(arrays)
         return (mx.concatenate(parts),)
 
-    def inverse(self) -> SplitRows:
-        return SplitRows(self.lengths, self.swap)
+    def inverse(self) -> CutRows:
+        return CutRows(self.lengths, self.swap)
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
         offset = 0
@@ -334,7 +334,7 @@ class ConcatRows:
 
 
 @dataclass(frozen=True)
-class SplitRows:
+class CutRows:
     """One tensor cut along its first axis into parts of `lengths`, the inverse of `ConcatRows`."""
 
     lengths: tuple[int, ...]

@@ -81,8 +81,8 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 
 FAMILY = blocks.Family(
-    "bailing_moe_v3",
-    # mlx-lm finds its class by this and the architecture together.
+    # mlx-lm finds its class bailing_moe_v3 by this and the architecture together.
+    "bailing_hybrid",
     "bailing_hybrid",
     build,
     {
