@@ -71,7 +71,7 @@ VARIANTS: list[Any] = [
     pytest.param("deepseek_v3", {"n_shared_experts": None}, id="deepseek_v3-no_shared_experts"),
     pytest.param("deepseek_v3", {"n_shared_experts": 3}, id="deepseek_v3-three_shared_experts"),
     pytest.param("deepseek_v3", {"qk_nope_head_dim": 32, "v_head_dim": 96}, id="deepseek_v3-unlike_heads"),
-    pytest.param("deepseek_v41", text("deepseek_v41", kv_source_layer_ids=[2]), id="deepseek_v41-sources"),
+    pytest.param("deepseek_v41", text("deepseek_v41", kv_source_layer_ids=[1]), id="deepseek_v41-sources"),
     pytest.param("deepseek_v41", text("deepseek_v41", o_groups=4), id="deepseek_v41-groups"),
     pytest.param("glm4_moe_lite", {"q_lora_rank": None}, id="glm4_moe_lite-no_q_lora_rank"),
     pytest.param("kimi_k3", text("kimi_k3", tie_word_embeddings=True), id="kimi_k3-tied"),

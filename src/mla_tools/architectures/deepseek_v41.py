@@ -215,10 +215,10 @@ FAMILY = blocks.Family(
             "rms_norm_eps": 1e-20,
             "sliding_window": 8,
             # The last number is that of an MTP layer.
-            "compress_ratios": [0, 2, 2, 1, 0],
-            "kv_source_layer_ids": [1, 3],
+            "compress_ratios": [0, 2, 1, 1, 0],
+            "kv_source_layer_ids": [1, 2],
             "index_source_layer_ids": [1, 2, 3],
-            "candidate_source_layer_id": 1,
+            "candidate_source_layer_id": 2,
             "candidate_topk_blocks": 2,
             "candidate_block_size": 2,
             "index_n_heads": 4,
