@@ -40,7 +40,9 @@ def unfold(line: str) -> list[str]:
             texts[-1] += "." + piece
         else:
             texts.append(piece)
-    choices = [[str(n) for n in unfold_indices(text)] if text.startswith("{") else [text] for text in texts]
+    choices = [
+        [str(n) for n in unfold_indices(text)] if text.startswith("{") else [text] for text in texts
+    ]
     names = [".".join(choice) for choice in product(*choices)]
     assert len(names) == int(count)
     return names
@@ -74,7 +76,9 @@ NAMES = [
     pytest.param(
         [f"l.{k}.e.{e}.up" for k in (1, 2) for e in (0, 1, 2)], ["6 x l.{1,2}.e.{0..2}.up"], id="product"
     ),
-    pytest.param(["l.0.e.0", "l.0.e.1", "l.1.e.0"], ["2 x l.0.e.{0,1}", "l.1.e.0"], id="no_product_is_split"),
+    pytest.param(
+        ["l.0.e.0", "l.0.e.1", "l.1.e.0"], ["2 x l.0.e.{0,1}", "l.1.e.0"], id="no_product_is_split"
+    ),
     pytest.param(["x.b.0", "y.0", "x.b.1"], ["2 x x.b.{0,1}", "y.0"], id="order_of_appearance"),
     pytest.param(["q_conv1d.a", "q_conv2d.a"], ["q_conv1d.a", "q_conv2d.a"], id="digits_in_words"),
     pytest.param(["a.0", "a.0"], ["a.0"], id="doubled"),
