@@ -278,6 +278,38 @@ FAMILIES: dict[str, Config] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000000.0,
     },
+    # The second and the fourth layer are MLA. rms_norm_eps is what transformers takes inside MLA as well.
+    "bailing_hybrid": {
+        "architectures": ["BailingMoeV3ForCausalLM"],
+        "model_type": "bailing_hybrid",
+        **_COMMON,
+        **_MLA,
+        "q_lora_rank": None,
+        "pad_token_id": EOS,
+        "num_hidden_layers": 4,
+        "layer_group_size": 2,
+        "head_dim": 64,
+        "short_conv_kernel_size": 4,
+        "kda_lower_bound": -5.0,
+        "kda_safe_gate": True,
+        "no_kda_lora": True,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "rope_interleave": True,
+        "rope_theta": 6000000,
+    },
     "deepseek_v2_lite": _DEEPSEEK_V2_LITE,
     "deepseek_v2": {
         **_DEEPSEEK_V2_LITE,
@@ -300,6 +332,7 @@ _SALTS = {
     "glm4_moe_lite": 384,
     "kimi_linear": 28,
     "longcat_flash": 324,
+    "bailing_hybrid": 16,
     "deepseek_v2_lite": 359,
     "deepseek_v2": 330,
 }
@@ -315,6 +348,7 @@ STORAGES: tuple[tuple[str, Storage], ...] = tuple(
 """Every (family id, storage) that `make_checkpoint` writes."""
 
 KEPT: dict[str, tuple[str, ...]] = {
+    "bailing_hybrid": (),
     "deepseek_v2": (),
     "deepseek_v3": ("e_score_correction_bias",),
     "deepseek_v32": ("e_score_correction_bias",),
@@ -327,6 +361,7 @@ KEPT: dict[str, tuple[str, ...]] = {
 
 # What the hub stores in F32 in a checkpoint that is otherwise BF16.
 _STORED_F32: dict[str, re.Pattern[str]] = {
+    "bailing_hybrid": re.compile(r"\.(expert_bias|A_log|dt_bias)$"),
     "deepseek_v3": re.compile(r"\.e_score_correction_bias$"),
     "kimi_k2": re.compile(r"\.(e_score_correction_bias|inv_freq)$"),
     "deepseek_v32": re.compile(r"\.e_score_correction_bias$|norm\.(weight|bias)$"),
@@ -342,6 +377,7 @@ _STORED_FP8 = re.compile(
 )
 
 _CLASSES = {
+    "bailing_hybrid": ("bailing_hybrid", "BailingHybrid"),
     "deepseek_v2": ("deepseek_v2", "DeepseekV2"),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3"),
     "deepseek_v32": ("deepseek_v32", "DeepseekV32"),
@@ -384,6 +420,9 @@ def _transformers_config(config: Mapping[str, Any]) -> Any:
     keys = {key: value for key, value in config.items() if key not in drop}
     if "num_nextn_predict_layers" in keys:
         keys["num_nextn_predict_layers"] = 0
+    if kind == "bailing_hybrid":
+        # transformers computes the size of the shared experts from that of the others.
+        assert keys.pop("moe_shared_expert_intermediate_size") == keys["moe_intermediate_size"]
     if kind == "longcat_flash":
         # The rotary embedding of transformers takes its width from here, and the hub's config has no such
         # key: the default happens to be the real model's qk_rope_head_dim.
@@ -400,6 +439,9 @@ def _transformers_model(config: Mapping[str, Any]) -> Any:
     module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
     return getattr(module, f"{prefix}ForCausalLM")(_transformers_config(config)).float().eval()
 
+
+FULL_ATTENTION = (1, 3)
+"""The layers of MLA in the config of bailing_hybrid."""
 
 _EXPERTS = re.compile(r"^(?P<block>.*\.mlp)\.experts\.(?P<part>gate_up_proj|down_proj)$")
 _KDA_CONV = re.compile(r"^(?P<attn>.*\.self_attn)\.conv1d\.weight$")
@@ -422,6 +464,14 @@ def _plain_name(kind: str, name: str, moe_blocks: set[str]) -> str:
         block, dot, rest = name.partition(".mlp.")
         if dot and f"{block}.mlp" in moe_blocks:
             name = f"{block}.block_sparse_moe.{rest}"
+    if kind == "bailing_hybrid":
+        name = name.replace("model.embed_tokens.", "model.word_embeddings.")
+        name = name.replace(".gate.e_score_correction_bias", ".gate.expert_bias")
+        name = name.replace(".self_attn.forget_gate.", ".attention.").replace(".self_attn.", ".attention.")
+        # The last projection has one name in the layers of KDA and another in those of MLA.
+        number = re.match(r"model\.layers\.(\d+)\.attention\.o_proj\.", name)
+        if number and int(number[1]) in FULL_ATTENTION:
+            name = name.replace(".o_proj.", ".dense.")
     return name
 
 
@@ -441,7 +491,8 @@ def _to_hub(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Ten
                     hub[gate], hub[up] = tensor[expert].chunk(2)  # [2 inner, hidden]
         elif match := _KDA_CONV.match(name):
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                hub[f"{match['attn']}.{letter}_conv1d.weight"] = part  # [channels, 1, kernel]
+                name = _plain_name(kind, f"{match['attn']}.{letter}_conv1d.weight", moe_blocks)
+                hub[name] = part  # [channels, 1, kernel]
         else:
             hub[_plain_name(kind, name, moe_blocks)] = tensor
     return hub
@@ -467,7 +518,8 @@ def _from_hub(hub: Mapping[str, torch.Tensor], config: Mapping[str, Any], like: 
                     new[expert] = torch.cat([left.pop(gate), left.pop(up)])
             state[name] = new
         elif match := _KDA_CONV.match(name):
-            state[name] = torch.cat([left.pop(f"{match['attn']}.{letter}_conv1d.weight") for letter in "qkv"])
+            names = [_plain_name(kind, f"{match['attn']}.{x}_conv1d.weight", moe_blocks) for x in "qkv"]
+            state[name] = torch.cat([left.pop(part) for part in names])
         else:
             state[name] = left.pop(_plain_name(kind, name, moe_blocks))
     if left:
@@ -497,7 +549,7 @@ def _draw(name: str, shape: torch.Size, config: Mapping[str, Any], seed: str) ->
     def normal(deviation: float) -> torch.Tensor:
         return deviation * torch.randn(shape, generator=generator)
 
-    if name.endswith(".e_score_correction_bias"):
+    if name.endswith((".e_score_correction_bias", ".expert_bias")):
         # Softmax scores of 12 experts are near 1/12, sigmoid scores anywhere in 0..1.
         return uniform(0.01, 0.06) if model_type(config) == "longcat_flash" else uniform(0.05, 0.35)
     if name.endswith(".A_log"):
@@ -508,7 +560,7 @@ def _draw(name: str, shape: torch.Size, config: Mapping[str, Any], seed: str) ->
         return normal(0.3)
     if len(shape) == 1:
         return uniform(0.6, 1.4)  # the gain of a norm
-    if "embed_tokens" in name:
+    if "embed_tokens" in name or "word_embeddings" in name:
         return normal(1.0)
     if len(shape) == 3:
         return normal(0.5)  # a convolution of four taps
@@ -545,8 +597,12 @@ def _mtp_shapes(hub: Mapping[str, torch.Size], config: Mapping[str, Any]) -> dic
         }
     layers = config["num_hidden_layers"]
     last, layer = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    block = {layer + name.removeprefix(last): shape for name, shape in hub.items() if name.startswith(last)}
+    if model_type(config) == "bailing_hybrid":
+        norms = ("enorm", "hnorm", "final_layernorm")
+        return {**block, f"{layer}eh_proj.weight": square} | {f"{layer}{n}.weight": vector for n in norms}
     return {
-        **{layer + name.removeprefix(last): shape for name, shape in hub.items() if name.startswith(last)},
+        **block,
         f"{layer}embed_tokens.weight": table,
         f"{layer}eh_proj.weight": square,
         f"{layer}enorm.weight": vector,

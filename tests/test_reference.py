@@ -141,6 +141,9 @@ def test_cast_keeps_what_mlx_lm_keeps(family: str) -> None:
         ("kimi_linear", r"\.A_log$"),
         ("kimi_linear", r"\.k_conv1d\.weight$"),
         ("longcat_flash", r"e_score_correction_bias$"),
+        ("bailing_hybrid", r"expert_bias$"),
+        ("bailing_hybrid", r"\.A_log$"),
+        ("bailing_hybrid", r"\.g_proj\.weight$"),
     ],
 )
 def test_the_logits_depend_on(family: str, pattern: str) -> None:
@@ -237,6 +240,7 @@ def mtp(layer: int, norm: str = "BF16") -> Pattern:
 
 V3 = {**ends(), **mla("{0-2}"), **norms("{0-2}"), **glu("model.layers.0.mlp", 320), **moe("{1-2}")}
 KDA = "model.layers.{0,2}.self_attn."
+LING_KDA = "model.layers.{0,2}.attention."
 KIMI_MOE = "model.layers.{1-3}.block_sparse_moe."
 LONGCAT_MLA = {
     key.replace("self_attn.", "self_attn.{0,1}."): entry for key, entry in mla("{0-1}", q_lora=64).items()
@@ -284,6 +288,27 @@ EXPECTED: dict[str, Pattern] = {
         KIMI_MOE + "gate.e_score_correction_bias": ("BF16", [8]),
         **glu(KIMI_MOE + "shared_experts", 64),
         **glu(KIMI_MOE + "experts.{0-7}", 64, "w1 w3 w2"),
+    },
+    "bailing_hybrid": {
+        **{k.replace("embed_tokens", "word_embeddings"): entry for k, entry in ends().items()},
+        **{
+            k.replace("self_attn", "attention").replace("o_proj", "dense"): entry
+            for k, entry in mla("{1,3,4}", q_lora=None).items()
+        },
+        "model.layers.{1,3,4}.attention.g_proj.weight": ("BF16", [4, 192]),
+        **norms("{0-4}"),
+        LING_KDA + "A_log": ("F32", [4]),
+        LING_KDA + "dt_bias": ("F32", [256]),
+        LING_KDA + "b_proj.weight": ("BF16", [4, 192]),
+        LING_KDA + "{q_proj,k_proj,v_proj,f_proj,g_proj}.weight": ("BF16", [256, 192]),
+        LING_KDA + "{q_conv1d,k_conv1d,v_conv1d}.weight": ("BF16", [256, 1, 4]),
+        LING_KDA + "o_norm.weight": ("BF16", [64]),
+        LING_KDA + "o_proj.weight": ("BF16", [192, 256]),
+        **glu("model.layers.0.mlp", 320),
+        **moe("{1-4}", bias=False),
+        "model.layers.{1-4}.mlp.gate.expert_bias": ("F32", [8]),
+        "model.layers.4.eh_proj.weight": ("BF16", [192, 384]),
+        "model.layers.4.{enorm,hnorm,final_layernorm}.weight": ("BF16", [192]),
     },
     "longcat_flash": {
         **ends(),

@@ -297,7 +297,9 @@ def test_every_target_of_a_family_is_known_as_a_source_too(family: str) -> None:
         found = table.rule(match)
         assert found is not None
         assert found.targets(table.slot(match)[0]) == [target]
-        assert (table.shape(match), found.param) == (shape, param)
+        assert found.param == param
+        # Where both layouts have one name, the shape tells which it is.
+        assert table.shape(match) == shape or found.is_done(shape)
 
 
 def test_params_go_along_on_the_way_back() -> None:

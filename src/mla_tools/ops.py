@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 from mla_tools import mla
@@ -21,7 +22,23 @@ from mla_tools.spec import Spec
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["Block", "MergeKvB", "Op", "Same", "Slab", "SplitKvB", "Stack", "SwapLastAxes", "Unstack"]
+__all__ = [
+    "AddPadding",
+    "Block",
+    "ConcatRows",
+    "CutRows",
+    "DropPadding",
+    "MergeKvB",
+    "Op",
+    "Same",
+    "Slab",
+    "SplitKvB",
+    "Stack",
+    "StackRows",
+    "SwapLastAxes",
+    "Unstack",
+    "UnstackRows",
+]
 
 # Rows are cut at multiples of this where a slab is long enough, so that formats with blocks of
 # 128 rows do not read and decode a scale twice.
@@ -265,6 +282,211 @@ class SwapLastAxes:
                 (Block(0, start * a, stop * a, (count, a, b)),),
                 (Block(0, start * b, stop * b, (count, b, a)),),
             )
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class ConcatRows:
+    """Tensors of [o, …, i] one after the other along their first axis, as long as `lengths` say.
+
+    `swap`: with the last two axes swapped, as `SwapLastAxes` does it: convolutions [c, 1, k] of q, k
+    and v as one of MLX's [3c, k, 1].
+    """
+
+    lengths: tuple[int, ...]
+    swap: bool = False
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        inner = specs[0].shape[1:]
+        if not inner or [spec.shape for spec in specs] != [(length, *inner) for length in self.lengths]:
+            found = ", ".join(map(str, specs))
+            raise ValueError(f"{found} are not parts of {list(self.lengths)} rows of one tensor")
+        whole = Spec((sum(self.lengths), *inner), specs[0].dtype)
+        return SwapLastAxes().infer([whole]) if self.swap else (whole,)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        import mlx.core as mx
+
+        parts = [array.swapaxes(-1, -2) for array in arrays] if self.swap else list(arrays)
+        return (mx.concatenate(parts),)
+
+    def inverse(self) -> CutRows:
+        return CutRows(self.lengths, self.swap)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        offset = 0
+        for index, spec in enumerate(specs):
+            (made,) = SwapLastAxes().infer([spec]) if self.swap else (spec,)
+            length, size = spec.shape[0], spec.size // spec.shape[0]
+            for start, stop in _runs(length, _rows(size, limit), _ROW_ALIGNMENT):
+                blocks = []
+                for number, first, whole in ((index, 0, spec), (0, offset, made)):
+                    rows = whole.rows // length
+                    shape = (stop - start, *whole.shape[1:])
+                    blocks.append(Block(number, (first + start) * rows, (first + stop) * rows, shape))
+                yield Slab((blocks[0],), (blocks[1],))
+            offset += length
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return not self.swap
+
+
+@dataclass(frozen=True)
+class CutRows:
+    """One tensor cut along its first axis into parts of `lengths`, the inverse of `ConcatRows`."""
+
+    lengths: tuple[int, ...]
+    swap: bool = False
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = SwapLastAxes().infer(specs) if self.swap else specs
+        if spec.shape[0] != sum(self.lengths):
+            raise ValueError(f"{spec} has no parts of {list(self.lengths)} rows")
+        return tuple(Spec((length, *spec.shape[1:]), spec.dtype) for length in self.lengths)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        whole = array.swapaxes(-1, -2) if self.swap else array
+        ends = list(accumulate(self.lengths))
+        # A slab holds rows of one part.
+        if whole.shape[0] != ends[-1]:
+            return (whole,)
+        return tuple(whole[end - length : end] for end, length in zip(ends, self.lengths, strict=True))
+
+    def inverse(self) -> ConcatRows:
+        return ConcatRows(self.lengths, self.swap)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        for slab in self.inverse().slabs(self.infer(specs), limit):
+            yield Slab(slab.writes, slab.reads)
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return not self.swap
+
+
+@dataclass(frozen=True)
+class StackRows:
+    """[c * rows, i] as [c, rows, i]: a block-diagonal matrix that is stored with its blocks on end."""
+
+    rows: int
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        count, rest = divmod(spec.shape[0], self.rows)
+        if len(spec.shape) != 2 or rest:
+            raise ValueError(f"{spec} has no whole number of blocks of {self.rows} rows")
+        return (Spec((count, self.rows, spec.shape[1]), spec.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        # A slab is a number of blocks, or a piece of one.
+        return (array.reshape(-1, min(self.rows, array.shape[0]), array.shape[-1]),)
+
+    def inverse(self) -> UnstackRows:
+        return UnstackRows(self.rows)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        (spec,) = specs
+        width, step = spec.width, _rows(spec.width, limit)
+        for first, last in _runs(spec.rows, max(step, self.rows), self.rows):
+            pieces = [(0, last - first)] if step >= self.rows else _runs(self.rows, step, _ROW_ALIGNMENT)
+            for start, stop in pieces:
+                count = stop - start
+                shape = (count // self.rows, self.rows, width) if count >= self.rows else (1, count, width)
+                rows = first + start, first + stop
+                yield Slab((Block(0, *rows, (count, width)),), (Block(0, *rows, shape),))
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class UnstackRows:
+    """[c, rows, i] as [c * rows, i], the inverse of `StackRows`."""
+
+    rows: int
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        if len(spec.shape) != 3 or spec.shape[1] != self.rows:
+            raise ValueError(f"{spec} has no blocks of {self.rows} rows")
+        return (Spec((spec.shape[0] * self.rows, spec.shape[2]), spec.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        return (array.reshape(-1, array.shape[-1]),)
+
+    def inverse(self) -> StackRows:
+        return StackRows(self.rows)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        for slab in self.inverse().slabs(self.infer(specs), limit):
+            yield Slab(slab.writes, slab.reads)
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class DropPadding:
+    """[…, padded] as […, length]: the last axis without the zeros that fill it up."""
+
+    length: int
+    padded: int
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        if spec.width != self.padded:
+            raise ValueError(f"{spec} is not padded from {self.length} to {self.padded}")
+        return (Spec((*spec.shape[:-1], self.length), spec.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        return (array[..., : self.length],)
+
+    def inverse(self) -> AddPadding:
+        return AddPadding(self.length, self.padded)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        (spec,) = specs
+        for start, stop in _runs(spec.rows, _rows(self.padded, limit)):
+            count = stop - start
+            yield Slab(
+                (Block(0, start, stop, (count, self.padded)),), (Block(0, start, stop, (count, self.length)),)
+            )
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class AddPadding:
+    """[…, length] as […, padded], filled up with zeros: the inverse of `DropPadding`."""
+
+    length: int
+    padded: int
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        if spec.width != self.length:
+            raise ValueError(f"{spec} cannot be padded from {self.length} to {self.padded}")
+        return (Spec((*spec.shape[:-1], self.padded), spec.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        import mlx.core as mx
+
+        (array,) = arrays
+        zeros = mx.zeros((*array.shape[:-1], self.padded - self.length), array.dtype)
+        return (mx.concatenate([array, zeros], axis=-1),)
+
+    def inverse(self) -> DropPadding:
+        return DropPadding(self.length, self.padded)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        for slab in self.inverse().slabs(self.infer(specs), limit):
+            yield Slab(slab.writes, slab.reads)
 
     def keeps_last_axis(self, output: int) -> bool:
         return False

@@ -29,7 +29,7 @@ from mla_tools.codecs import (
 from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
-from mla_tools.ops import Op
+from mla_tools.ops import Op, Same
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Match, Param, Rule, Table, short
 from mla_tools.rules import name as template
@@ -279,7 +279,11 @@ def make_steps(
             shape = rule.shapes[match.position]
             key, slot = table.slot(match)
             inputs[match.claim, key][slot] = source
-        if shape is not None and source.spec.shape != shape:
+        if (
+            shape is not None
+            and source.spec.shape != shape
+            and not (rule and rule.is_done(source.spec.shape))
+        ):
             made.problems.append(_misshapen(source, shape))
     _check_markers(table, made, lost)
 
@@ -379,6 +383,8 @@ def _step(
     made: Steps,
 ) -> Step:
     sources = tuple(found[slot] for slot in range(len(found)))
+    if rule.is_done(sources[0].spec.shape):
+        rule = replace(rule, op=Same())
     specs = rule.op.infer([source.spec for source in sources])
     targets = []
     for output, (name, spec) in enumerate(zip(rule.targets(key), specs, strict=True)):
@@ -416,7 +422,7 @@ def _choose(
         if wanted is not None and not wanted.divides(spec.width):
             made.problems.append(_indivisible(name, spec.width, wanted, override[0]))
             wanted = None
-    elif options.quantize is not None and param.quantizable:
+    elif options.quantize is not None and param.quantizable and not _left_dense(param, options):
         wanted, named = _quantized_as(name, param, table, options)
         if spec.width % options.quantize.group_size or not wanted.divides(spec.width):
             wanted = None
@@ -443,6 +449,11 @@ def _quantized_as(name: str, param: Param, table: Table, options: Options) -> tu
     if param.spec is not None:
         return param.spec, True
     return options.quantize, False
+
+
+def _left_dense(param: Param, options: Options) -> bool:
+    """Whether the model class keeps a tensor in floats; like the class's widths, recipes override it."""
+    return param.dense and options.recipe is None
 
 
 def _embed_q(source: QuantSpec, width: int, options: Options) -> QuantSpec | None:
@@ -585,9 +596,14 @@ def _say_what_stays_dense(
     if options.quantize is None:
         return
     dense: dict[int, list[str]] = defaultdict(list)
+    wanted: list[str] = []
     for name, (shape, param) in targets.items():
-        if param.quantizable and short(name) not in made.quantized:
-            dense[int(shape[-1])].append(short(name))
+        if param.quantizable and short(name) not in made.quantized and not options.overriding(short(name)):
+            found = wanted if _left_dense(param, options) else dense[int(shape[-1])]
+            found.append(short(name))
+    if wanted:
+        folded = ", ".join(fold_names(wanted))
+        made.notes.append(f"stays dense, because mlx-lm's class does not quantize it: {folded}")
     group = options.quantize.group_size
     for width, names in dense.items():
         made.notes.append(

@@ -81,12 +81,14 @@ class Param:
 
     `quantizable`: it is the weight of a module that MLX can quantize (Linear, Embedding, SwitchLinear,
     MultiLinear). `spec`: the width that the model class itself prescribes when it is quantized.
-    `cast`: whether a conversion to another float dtype touches it.
+    `cast`: whether a conversion to another float dtype touches it. `dense`: the model class leaves it
+    in floats where the rest is quantized, unless a recipe decides.
     """
 
     quantizable: bool = False
     spec: QuantSpec | None = None
     cast: bool = True
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,12 @@ class Rule:
         """Return the shapes of all targets of one application, scattered indices written out."""
         specs = [Spec(shape, DType.BF16) for shape in self.source_shapes()]
         return tuple(spec.shape for spec in self.op.infer(specs))
+
+    def is_done(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a source of this shape is the target already, where both have one name."""
+        return (
+            self.source == self.target and shape != self.shapes[0] and self.target_shapes() == (tuple(shape),)
+        )
 
     def inverse(self) -> Rule:
         """Return the rule from the targets back to the sources."""

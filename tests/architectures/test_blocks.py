@@ -12,6 +12,7 @@ from mlx_lm.utils import _get_classes
 
 from mla_tools.architectures import MODEL_TYPES, blocks, table_of
 from mla_tools.architectures.geometry import Geometry, Num, label
+from mla_tools.errors import CheckpointError
 from mla_tools.ops import SplitKvB, Stack
 from mla_tools.rules import Rule
 
@@ -46,9 +47,21 @@ def model_of(family: str, **keys: Any) -> Any:
     return model_class(args_class.from_dict(config))
 
 
+def text(family: str, **keys: Any) -> dict[str, Any]:
+    return {"text_config": {**MODEL_TYPES[family].sample["text_config"], **keys}}
+
+
+K3_KDA = MODEL_TYPES["kimi_k3"].sample["text_config"]["linear_attn_config"]
+
 # Keys that change which tensors there are.
 VARIANTS: list[Any] = [
     *(pytest.param(family, {}, id=family) for family in MODEL_TYPES),
+    pytest.param("bailing_hybrid", {"q_lora_rank": 64}, id="bailing_hybrid-q_lora_rank"),
+    pytest.param("bailing_hybrid", {"tie_word_embeddings": True}, id="bailing_hybrid-tied"),
+    pytest.param("bailing_hybrid", {"layer_group_size": 3}, id="bailing_hybrid-unfinished_group"),
+    pytest.param(
+        "bailing_hybrid", {"layer_group_size": 1, "first_k_dense_replace": 0}, id="bailing_hybrid-mla"
+    ),
     pytest.param("deepseek_v2", {"q_lora_rank": 64}, id="deepseek_v2-q_lora_rank"),
     pytest.param("deepseek_v3", {"q_lora_rank": None}, id="deepseek_v3-no_q_lora_rank"),
     pytest.param("deepseek_v3", {"attention_bias": True}, id="deepseek_v3-attention_bias"),
@@ -58,7 +71,26 @@ VARIANTS: list[Any] = [
     pytest.param("deepseek_v3", {"n_shared_experts": None}, id="deepseek_v3-no_shared_experts"),
     pytest.param("deepseek_v3", {"n_shared_experts": 3}, id="deepseek_v3-three_shared_experts"),
     pytest.param("deepseek_v3", {"qk_nope_head_dim": 32, "v_head_dim": 96}, id="deepseek_v3-unlike_heads"),
+    pytest.param("deepseek_v41", text("deepseek_v41", kv_source_layer_ids=[1]), id="deepseek_v41-sources"),
+    pytest.param("deepseek_v41", text("deepseek_v41", o_groups=4), id="deepseek_v41-groups"),
     pytest.param("glm4_moe_lite", {"q_lora_rank": None}, id="glm4_moe_lite-no_q_lora_rank"),
+    pytest.param("kimi_k3", text("kimi_k3", tie_word_embeddings=True), id="kimi_k3-tied"),
+    pytest.param("kimi_k3", text("kimi_k3", q_lora_rank=None), id="kimi_k3-no_q_lora_rank"),
+    pytest.param("kimi_k3", text("kimi_k3", mla_use_output_gate=False), id="kimi_k3-no_output_gate"),
+    pytest.param("kimi_k3", text("kimi_k3", attn_res_block_size=None), id="kimi_k3-no_residuals"),
+    pytest.param("kimi_k3", text("kimi_k3", routed_expert_hidden_size=None), id="kimi_k3-no_latent"),
+    pytest.param("kimi_k3", text("kimi_k3", latent_moe_use_norm=False), id="kimi_k3-no_latent_norm"),
+    pytest.param("kimi_k3", text("kimi_k3", num_shared_experts=0), id="kimi_k3-no_shared_experts"),
+    pytest.param(
+        "kimi_k3",
+        text("kimi_k3", linear_attn_config={**K3_KDA, "use_full_rank_gate": False}),
+        id="kimi_k3-low_rank_gate",
+    ),
+    pytest.param(
+        "kimi_k3",
+        text("kimi_k3", linear_attn_config={**K3_KDA, "num_heads": 96}),
+        id="kimi_k3-more_heads_than_head_dim",
+    ),
     pytest.param("kimi_linear", {"tie_word_embeddings": True}, id="kimi_linear-tied"),
     pytest.param("kimi_linear", {"num_shared_experts": 0}, id="kimi_linear-no_shared_experts"),
     pytest.param("kimi_linear", {"first_k_dense_replace": 0, "moe_layer_freq": 3}, id="kimi_linear-freq"),
@@ -103,6 +135,15 @@ def test_the_widths_that_a_class_prescribes_are_those_of_the_table(family: str) 
         if param.spec is not None
     }
     assert prescribed == wanted
+
+
+@each_family
+def test_what_a_class_leaves_dense_is_what_the_table_says(family: str) -> None:
+    model = model_of(family)
+    predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    modules = [pair for pair in model.named_modules() if hasattr(pair[1], "to_quantized")]
+    wanted = {f"{path}.weight" for path, module in modules if predicate(path, module) is False}
+    assert {name for name, (_, param) in sample_targets(family).items() if param.dense} == wanted
 
 
 @each_family
@@ -209,3 +250,74 @@ def test_rotary_buffers_are_dropped(family: str) -> None:
     assert match is not None
     assert "rope_theta" in table.drop(match).reason
     assert table.shape(match) == (16,)
+
+
+@pytest.mark.parametrize("family", ["kimi_k25", "kimi_k3"])
+def test_the_image_encoder_of_the_kimi_models_is_dropped_by_name(family: str) -> None:
+    _, table = table_of(dict(MODEL_TYPES[family].sample))
+    tower = ("encoder.blocks.26.mlp.fc1.bias", "encoder.final_layernorm.weight", "patch_embed.pos_emb.weight")
+    for name in (*(f"vision_tower.{name}" for name in tower), "mm_projector.proj.2.bias"):
+        match = table.lookup(name)
+        assert match is not None, name
+        assert "image encoder" in table.drop(match).reason
+        assert table.shape(match) is None
+    assert table.lookup("vision_tower.encoder.blocks.0.attn.weight") is None
+
+
+def test_the_decay_of_kimi_k3_is_padded_to_the_length_of_a_head() -> None:
+    config = dict(MODEL_TYPES["kimi_k3"].sample)
+    _, table = table_of(config)
+    name = "language_model.model.layers.0.self_attn.A_log"
+    match = table.lookup(name)
+    assert match is not None
+    assert table.shape(match) == (64,)
+    assert table.targets()[name][0] == (4,)
+    rule = table.rule(match)
+    assert rule is not None
+    # A converted checkpoint has the 4 alone, under the same name.
+    assert rule.is_done((4,))
+    assert not rule.is_done((64,))
+
+
+V41_DROPS = {
+    "vision.blocks.31.attn.wqkv.bias": "images",
+    "aligner.w2.weight": "images",
+    "image_newline": "images",
+    "layers.3.ffn.gate.bias_vl": "images",
+    "layers.1.engram.embed.weight": "engram memory, which mlx-lm's class cannot run",
+    "layers.1.engram.q_weight": "engram memory",
+    "mtp.2.markov_head.embed.weight": "multi-token prediction",
+    "mtp.0.attn.wo_a.weight": "multi-token prediction",
+    "mtp.0.ffn.experts.127.w2.weight": "multi-token prediction",
+    "mtp.0.hc_attn_fn": "multi-token prediction",
+}
+
+
+@pytest.mark.parametrize("name", V41_DROPS)
+def test_what_mlx_lm_cannot_run_of_deepseek_v41_is_dropped_by_name(name: str) -> None:
+    _, table = table_of(dict(MODEL_TYPES["deepseek_v41"].sample))
+    match = table.lookup(name)
+    assert match is not None
+    assert table.rule(match) is None
+    assert V41_DROPS[name] in table.drop(match).reason
+
+
+def test_deepseek_v41_with_engram_memory_is_refused_as_mlx_lm_refuses_it() -> None:
+    keys = text("deepseek_v41", engram_layer_ids=[1])
+    with pytest.raises(ValueError, match="engram"):
+        model_of("deepseek_v41", **keys)
+    with pytest.raises(CheckpointError, match=r"engram_layer_ids \[1\]"):
+        table_of({**MODEL_TYPES["deepseek_v41"].sample, **keys})
+
+
+def test_deepseek_v41_may_have_its_numbers_at_the_top() -> None:
+    sample = MODEL_TYPES["deepseek_v41"].sample
+    flat = {**sample["text_config"], "model_type": "deepseek_v41"}
+    assert table_of(flat)[1].targets() == table_of(dict(sample))[1].targets()
+
+
+def test_deepseek_v41_needs_a_ratio_for_each_layer() -> None:
+    with pytest.raises(CheckpointError, match="at least 4 numbers"):
+        table_of({**MODEL_TYPES["deepseek_v41"].sample, **text("deepseek_v41", compress_ratios=[0])})
+    with pytest.raises(CheckpointError, match="from 0 to 3"):
+        table_of({**MODEL_TYPES["deepseek_v41"].sample, **text("deepseek_v41", kv_source_layer_ids=[4])})

@@ -203,11 +203,15 @@ def test_more_layers_than_any_model_has_are_not_silently_fewer() -> None:
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_every_damaged_number_of_a_config_is_listed_at_once(family: str) -> None:
     config = dict(MODEL_TYPES[family].sample)
-    damaged = ("vocab_size", "hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim")
-    config |= {"vocab_size": "x", "hidden_size": -1, "num_attention_heads": True, "v_head_dim": 10**30}
-    del config["kv_lora_rank"]
+    nested = "text_config" in config
+    numbers = dict(config["text_config"] if nested else config)
+    damage = {"vocab_size": "x", "hidden_size": -1, "num_attention_heads": True, "v_head_dim": 10**30}
+    # DeepSeek V4.1 has no latent of its own width.
+    damaged = [key for key in (*damage, "kv_lora_rank") if key in numbers]
+    numbers |= {key: value for key, value in damage.items() if key in numbers}
+    numbers.pop("kv_lora_rank", None)
     with pytest.raises(CheckpointError) as caught:
-        table_of(config)
+        table_of({**config, "text_config": numbers} if nested else numbers)
     assert sorted(problem.what.split()[0] for problem in caught.value.problems) == sorted(damaged)
 
 

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.architectures import (
+    bailing_moe_v3,
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
+    deepseek_v41,
     glm4_moe_lite,
+    kimi_k3,
+    kimi_k25,
     kimi_linear,
     longcat_flash,
 )
@@ -22,11 +26,15 @@ __all__ = ["MODEL_TYPES", "Family", "family_of", "table_of"]
 
 # model_type in config.json -> family. A new architecture is a file beside this one and a line here.
 MODEL_TYPES: dict[str, Family] = {
+    "bailing_hybrid": bailing_moe_v3.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "deepseek_v32": deepseek_v32.FAMILY,
+    "deepseek_v41": deepseek_v41.FAMILY,
     "glm4_moe_lite": glm4_moe_lite.FAMILY,
     "kimi_k2": deepseek_v3.KIMI_K2,
+    "kimi_k25": kimi_k25.FAMILY,
+    "kimi_k3": kimi_k3.FAMILY,
     "kimi_linear": kimi_linear.FAMILY,
     "longcat_flash": longcat_flash.FAMILY,
     "longcat_flash_ngram": longcat_flash.NGRAM,

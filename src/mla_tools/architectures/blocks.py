@@ -7,7 +7,7 @@ Axis letters: l layer, e expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mla_tools.architectures.geometry import OPEN, Geometry, label
@@ -21,6 +21,7 @@ __all__ = [
     "decoder_norms",
     "embeddings",
     "experts",
+    "left_dense",
     "linear",
     "mla_attention",
     "mlp",
@@ -29,6 +30,7 @@ __all__ = [
     "param",
     "rotary_buffers",
     "router",
+    "under",
 ]
 
 Where = Mapping[str, Domain]
@@ -87,6 +89,29 @@ def _rule(name: str, shape: Shape, where: Where, target: str | None, what: Param
     return Rule((f"{name}.weight",), (f"{target or name}.weight",), (shape,), where=where, param=what)
 
 
+def left_dense(rules: Iterable[Rule], *endings: str) -> list[Rule]:
+    """Return the rules, those whose targets end so marked as what the class does not quantize."""
+    marked = tuple(f"{ending}.weight" for ending in endings)
+    return [
+        replace(rule, param=replace(rule.param, dense=True)) if rule.target[0].endswith(marked) else rule
+        for rule in rules
+    ]
+
+
+def under(prefix: str, rules: Iterable[Rule], drops: Iterable[Drop]) -> tuple[list[Rule], list[Drop]]:
+    """Return a table for a model that stands under `prefix` in the checkpoint and in mlx-lm's class."""
+
+    def inside(texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{prefix}.{text}" for text in texts)
+
+    moved = [replace(rule, source=inside(rule.source), target=inside(rule.target)) for rule in rules]
+    dropped = [
+        replace(drop, source=f"{prefix}.{drop.source}", marker=drop.marker and f"{prefix}.{drop.marker}")
+        for drop in drops
+    ]
+    return moved, dropped
+
+
 def embeddings(g: Geometry, *, words: str = "model.embed_tokens") -> list[Rule]:
     """Return the rules of the token embedding, the final norm and the output head."""
     vocab, hidden = g.dim("vocab_size"), g.dim("hidden_size")
@@ -107,11 +132,17 @@ def decoder_norms(g: Geometry, where: Where, suffix: str = "") -> list[Rule]:
 
 
 def mla_attention(
-    g: Geometry, where: Where, prefix: str = "model.layers.{l}.self_attn", *, split: bool = True
+    g: Geometry,
+    where: Where,
+    prefix: str = "model.layers.{l}.self_attn",
+    *,
+    split: bool = True,
+    output: str = "o_proj",
 ) -> list[Rule]:
     """Return the rules of multi-head latent attention.
 
-    `split`: whether the class wants kv_b_proj as embed_q [h, r, n] and unembed_out [h, v, r].
+    `split`: whether the class wants kv_b_proj as embed_q [h, r, n] and unembed_out [h, v, r]. `output`:
+    what the checkpoint calls the last projection.
     Source of the shapes: the reference modelling code; with `q_lora_rank` null there is one q_proj.
     """
     hidden, heads = g.dim("hidden_size"), g.count("num_attention_heads")
@@ -141,7 +172,7 @@ def mla_attention(
         )
     else:
         rules += linear(f"{prefix}.kv_b_proj", fused, where)
-    rules += linear(f"{prefix}.o_proj", (hidden, heads * value), where, bias=bias)
+    rules += linear(f"{prefix}.{output}", (hidden, heads * value), where, bias=bias)
     return rules
 
 
@@ -190,10 +221,18 @@ def router(prefix: str, count: int, hidden: int, where: Where, *, correction: bo
     return rules
 
 
-def mtp_layers(g: Geometry, layer: Iterable[Rule], *, key: str = "num_hidden_layers") -> list[Drop]:
+def mtp_layers(
+    g: Geometry,
+    layer: Iterable[Rule],
+    *,
+    key: str = "num_hidden_layers",
+    norms: Sequence[str] = ("enorm", "hnorm", "shared_head.norm"),
+    tables: Sequence[str] = ("shared_head.head", "embed_tokens"),
+) -> list[Drop]:
     """Return the drops of the multi-token-prediction layers, which lie beyond the last decoder layer.
 
-    `layer` are the rules of one decoder layer, in `{l}`; an MTP layer has all of these and more.
+    `layer` are the rules of one decoder layer, in `{l}`; an MTP layer has all of these, an eh_proj, and
+    `norms` and `tables` (of the vocabulary) of its own.
     """
     count = g.layers(key).stop
     hidden, vocab = g.dim("hidden_size"), g.dim("vocab_size")
@@ -202,11 +241,8 @@ def mtp_layers(g: Geometry, layer: Iterable[Rule], *, key: str = "num_hidden_lay
     prefix = "model.layers.{l}"
     own: dict[str, Shape] = {
         "eh_proj": (hidden, hidden * 2),
-        "enorm": (hidden,),
-        "hnorm": (hidden,),
-        "shared_head.norm": (hidden,),
-        "shared_head.head": (vocab, hidden),
-        "embed_tokens": (vocab, hidden),
+        **dict.fromkeys(norms, (hidden,)),
+        **dict.fromkeys(tables, (vocab, hidden)),
     }
     shapes: dict[str, Shape] = {f"{prefix}.{name}.weight": shape for name, shape in own.items()}
     shapes |= {text: shape for rule in layer for text, shape in zip(rule.source, rule.shapes, strict=True)}

@@ -114,6 +114,14 @@ class Geometry:
             return frozenset()
         return frozenset(value)
 
+    def indices(self, key: str, *, below: int) -> frozenset[int]:
+        """Return a list of whole numbers, each in 0..below - 1, as a set; empty where there is none."""
+        value = self.config.get(key) or []
+        if not isinstance(value, list) or not all(type(item) is int and 0 <= item < below for item in value):
+            self._complain(key, f"a list of whole numbers from 0 to {below - 1}", repr(value)[:80])
+            return frozenset()
+        return frozenset(value)
+
     def layers(self, key: str = "num_hidden_layers") -> range:
         """Return the layer numbers."""
         return range(self.count(key))

@@ -1,0 +1,136 @@
+"""Ling 3.0: layers of Kimi delta attention, and after each group of them one with gated MLA."""
+
+from __future__ import annotations
+
+from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.ops import SwapLastAxes
+from mla_tools.rules import Drop, Rule
+
+__all__ = ["FAMILY"]
+
+_ATTENTION = "model.layers.{l}.attention"
+
+
+def gated_mla(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of MLA with one gate per head, of which mlx-lm quantizes the output alone."""
+    rules = blocks.mla_attention(g, where, _ATTENTION, output="dense")
+    rules += blocks.linear(
+        f"{_ATTENTION}.g_proj", (g.dim("num_attention_heads"), g.dim("hidden_size")), where
+    )
+    inputs = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "embed_q", "g_proj")
+    return blocks.left_dense(rules, *inputs)
+
+
+def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of a KDA layer with gates of full rank; its convolutions are [c, 1, k] in torch."""
+    heads, size, hidden = g.dim("num_attention_heads"), g.dim("head_dim"), g.dim("hidden_size")
+    inner, kernel = heads * size, g.dim("short_conv_kernel_size", 4)
+    rules = []
+    for name in ("q", "k", "v"):
+        conv = f"{_ATTENTION}.{name}_conv1d.weight"
+        rules.append(Rule((conv,), (conv,), ((inner, 1, kernel),), SwapLastAxes(), where))
+    for name in ("q", "k", "v", "f", "g"):
+        rules += blocks.linear(f"{_ATTENTION}.{name}_proj", (inner, hidden), where)
+    rules += blocks.left_dense(blocks.linear(f"{_ATTENTION}.b_proj", (heads, hidden), where), "b_proj")
+    return [
+        *rules,
+        *blocks.linear(f"{_ATTENTION}.o_proj", (hidden, inner), where),
+        blocks.norm(f"{_ATTENTION}.o_norm", size, where),
+        blocks.param(f"{_ATTENTION}.A_log", (heads,), where),
+        blocks.param(f"{_ATTENTION}.dt_bias", (inner,), where),
+    ]
+
+
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
+    group, count = g.dim("layer_group_size"), g.dim("num_experts")
+    # The last layer of each group is MLA, and so are layers after the last whole group.
+    kda = frozenset(n for n in layers if (n + 1) % group and n < layers.stop // group * group)
+    mla = frozenset(layers) - kda
+    dense, sparse = g.moe_layers("num_experts")
+    mlp, gate = "model.layers.{l}.mlp", "model.layers.{l}.mlp.gate"
+    where = {"l": sparse}
+
+    shared = g.dim("moe_shared_expert_intermediate_size", 512) * g.dim("num_shared_experts", 1)
+    moe = [
+        *blocks.router(gate, count, hidden, where, correction=False),
+        blocks.param(f"{gate}.expert_bias", (count,), where),
+        *blocks.experts(
+            f"{mlp}.experts", f"{mlp}.switch_mlp", count, hidden, g.dim("moe_intermediate_size"), where
+        ),
+        *blocks.mlp(f"{mlp}.shared_experts", hidden, shared, where),
+    ]
+    rules = blocks.left_dense(blocks.linear("model.word_embeddings", (vocab, hidden), {}), "embeddings")
+    rules.append(blocks.norm("model.norm", hidden, {}))
+    rules += blocks.decoder_norms(g, {"l": layers})
+    rules += delta_attention(g, {"l": kda})
+    rules += gated_mla(g, {"l": mla})
+    rules += blocks.mlp(mlp, hidden, g.dim("intermediate_size"), {"l": dense})
+    rules += moe
+    drops = blocks.rotary_buffers(g, usual=False)
+    if g.flag("tie_word_embeddings"):
+        reason = "tied to the embedding (tie_word_embeddings)"
+        drops.append(Drop("lm_head.weight", reason, {}, (vocab, hidden), usual=False))
+    else:
+        rules += blocks.left_dense(blocks.linear("lm_head", (vocab, hidden), {}), "lm_head")
+
+    layer = [*blocks.decoder_norms(g, {"l": layers}), *gated_mla(g, {"l": layers}), *moe]
+    drops += blocks.mtp_layers(g, layer, norms=("enorm", "hnorm", "final_layernorm"), tables=())
+    return rules, drops
+
+
+FAMILY = blocks.Family(
+    # mlx-lm finds its class bailing_moe_v3 by this and the architecture together.
+    "bailing_hybrid",
+    "bailing_hybrid",
+    build,
+    {
+        "model_type": "bailing_hybrid",
+        "architectures": ["BailingMoeV3ForCausalLM"],
+        **{
+            key: deepseek_v3.SAMPLE[key]
+            for key in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "moe_intermediate_size",
+                "num_hidden_layers",
+                "first_k_dense_replace",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "num_experts_per_tok",
+                "n_group",
+                "topk_group",
+                "norm_topk_prob",
+                "routed_scaling_factor",
+                "kv_lora_rank",
+                "qk_nope_head_dim",
+                "qk_rope_head_dim",
+                "v_head_dim",
+                "num_nextn_predict_layers",
+                "max_position_embeddings",
+                "rms_norm_eps",
+                "tie_word_embeddings",
+                "torch_dtype",
+            )
+        },
+        "q_lora_rank": None,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 128,
+        "layer_group_size": 2,
+        "head_dim": 64,
+        "short_conv_kernel_size": 4,
+        "kda_lower_bound": -5.0,
+        "kda_safe_gate": True,
+        "no_kda_lora": True,
+        "rope_interleave": True,
+        "rope_theta": 6000000,
+        "rope_scaling": None,
+    },
+    # mlx-lm's class takes 256 where the key is absent; such checkpoints have a q_proj.
+    defaults={"q_lora_rank": None},
+    architectures=("BailingMoeV3ForCausalLM",),
+    float32=("expert_bias", "A_log", "dt_bias"),
+)

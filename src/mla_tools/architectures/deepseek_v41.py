@@ -1,0 +1,245 @@
+"""DeepSeek V4.1, the text model: a latent that some layers compress and index for those after them.
+
+The names are DeepSeek's own. Source: the released header listing, and the renaming in mlx-lm's class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.geometry import OPEN, Geometry
+from mla_tools.errors import Problem
+from mla_tools.ops import StackRows
+from mla_tools.rules import Drop, Param, Rule
+
+__all__ = ["FAMILY"]
+
+_THEIRS, _OURS = "layers.{l}", "model.layers.{l}"
+
+
+def kept(rules: Iterable[Rule]) -> list[Rule]:
+    """Return the rules of tensors whose dtype mlx-lm's class keeps."""
+    return [replace(rule, param=replace(rule.param, cast=False)) for rule in rules]
+
+
+def gain(theirs: str, ours: str, size: int, where: blocks.Where) -> Rule:
+    return blocks.param(f"{theirs}.weight", (size,), where, f"{ours}.weight")
+
+
+def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of what every layer has of the attention; o_a is block diagonal over the groups."""
+    hidden, heads, size = g.dim("hidden_size"), g.dim("num_attention_heads"), g.dim("head_dim")
+    rank, groups, inner = g.dim("q_lora_rank"), g.dim("o_groups"), g.dim("o_lora_rank")
+    theirs, ours = f"{_THEIRS}.attn", f"{_OURS}.self_attn"
+    return [
+        *blocks.linear(f"{theirs}.wq_a", (rank, hidden), where, f"{ours}.q_a_proj"),
+        gain(f"{theirs}.q_norm", f"{ours}.q_a_norm", rank, where),
+        *blocks.linear(f"{theirs}.wq_b", (heads * size, rank), where, f"{ours}.q_b_proj"),
+        *blocks.linear(f"{theirs}.wkv", (size, hidden), where, f"{ours}.kv_proj"),
+        gain(f"{theirs}.kv_norm", f"{ours}.kv_norm", size, where),
+        Rule(
+            (f"{theirs}.wo_a.weight",),
+            (f"{ours}.o_a_proj.weight",),
+            ((groups * inner, heads * size // groups),),
+            StackRows(inner),
+            where,
+            Param(quantizable=True),
+        ),
+        *blocks.linear(f"{theirs}.wo_b", (hidden, groups * inner), where, f"{ours}.o_b_proj"),
+        blocks.param(f"{theirs}.attn_sink", (heads,), where, f"{ours}.sinks", cast=False),
+    ]
+
+
+def compression(g: Geometry, layers: range) -> list[Rule]:
+    """Return the rules of the layers that compress the latent, and of those that choose among it."""
+    hidden, size, rank = g.dim("hidden_size"), g.dim("head_dim"), g.dim("q_lora_rank")
+    heads, width = g.dim("index_n_heads"), g.dim("index_head_dim")
+    theirs, ours = f"{_THEIRS}.attn", f"{_OURS}.self_attn"
+    # A ratio for each layer, and maybe for MTP layers after them.
+    ratios = g.config.get("compress_ratios")
+    if not isinstance(ratios, list) or len(ratios) < layers.stop:
+        needed, found = f"a list of at least {layers.stop} numbers", repr(ratios)[:80]
+        g.problems.append(Problem("config.json", "compress_ratios cannot be used", needed, found))
+        ratios = [0] * layers.stop
+    sources = g.indices("kv_source_layer_ids", below=layers.stop)
+    indexers = g.indices("index_source_layer_ids", below=layers.stop)
+    pooled = frozenset(layer for layer in sources if ratios[layer] != 1)
+
+    compress: blocks.Where = {"l": sources}
+    index: blocks.Where = {"l": indexers}
+    keys: blocks.Where = {"l": indexers & sources}
+    part = "compressor"
+    compressor = [
+        *blocks.linear(f"{theirs}.{part}.wkv", (size, hidden), compress, f"{ours}.{part}.kv_proj"),
+        gain(f"{theirs}.{part}.norm", f"{ours}.{part}.kv_norm", size, compress),
+        # With a ratio of 1 there is nothing to weigh.
+        *blocks.linear(f"{theirs}.{part}.wgate", (size, hidden), {"l": pooled}, f"{ours}.{part}.gate_proj"),
+    ]
+    part = "indexer"
+    weights = f"{part}.weights_proj"
+    return [
+        *kept(compressor),
+        *blocks.linear(f"{theirs}.{part}.wq_b", (heads * width, rank), index, f"{ours}.{part}.q_b_proj"),
+        *blocks.linear(f"{theirs}.{weights}", (heads, hidden), index, f"{ours}.{weights}"),
+        *blocks.linear(f"{theirs}.{part}.wk", (width, size), keys, f"{ours}.{part}.k_proj"),
+        gain(f"{theirs}.{part}.k_norm", f"{ours}.{part}.k_norm", width, keys),
+    ]
+
+
+def mixture(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of the experts, all of one size, the shared one too."""
+    hidden, inner, count = g.dim("hidden_size"), g.dim("moe_intermediate_size"), g.dim("n_routed_experts")
+    theirs, ours = f"{_THEIRS}.ffn", f"{_OURS}.mlp"
+    shared = (("w1", "gate_proj", (inner, hidden)), ("w3", "up_proj", (inner, hidden)))
+    rules = [
+        blocks.param(f"{theirs}.gate.weight", (count, hidden), where, f"{ours}.gate.weight"),
+        blocks.param(
+            f"{theirs}.gate.bias", (count,), where, f"{ours}.gate.e_score_correction_bias", cast=False
+        ),
+        *blocks.experts(
+            f"{theirs}.experts",
+            f"{ours}.experts.switch_mlp",
+            count,
+            hidden,
+            inner,
+            where,
+            ("w1", "w3", "w2"),
+        ),
+    ]
+    for name, target, shape in (*shared, ("w2", "down_proj", (hidden, inner))):
+        part = "shared_experts"
+        rules += blocks.linear(f"{theirs}.{part}.{name}", shape, where, f"{ours}.{part}.{target}")
+    return rules
+
+
+def connections(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of the norms and of the hyper-connections around attention and experts."""
+    hidden, streams = g.dim("hidden_size"), g.dim("hc_mult", 4)
+    mix = (streams + 2) * streams
+    shapes: dict[str, blocks.Shape] = {"fn": (mix, streams * hidden), "base": (mix,), "scale": (3,)}
+    rules = [
+        gain(f"{_THEIRS}.attn_norm", f"{_OURS}.input_layernorm", hidden, where),
+        gain(f"{_THEIRS}.ffn_norm", f"{_OURS}.post_attention_layernorm", hidden, where),
+    ]
+    for side in ("attn", "ffn"):
+        for name, shape in shapes.items():
+            theirs, ours = f"{_THEIRS}.hc_{side}_{name}", f"{_OURS}.{side}_hc.{name}"
+            rules.append(blocks.param(theirs, shape, where, ours, cast=False))
+    return rules
+
+
+def left_out(g: Geometry, layers: range) -> list[Drop]:
+    """Return the drops of what mlx-lm's class cannot run: image encoder, engram memory, MTP layers."""
+    count = g.dim("n_routed_experts")
+    image = "for images, and mlx-lm's class is the text model alone"
+    engram = "engram memory, which mlx-lm's class cannot run"
+    mtp = "multi-token prediction, which mlx-lm's class does not run (mtp)"
+    names: dict[str, str] = {}
+    for block in ("norm1", "norm2", "attn.wqkv", "attn.wo", "mlp.w1", "mlp.w2"):
+        names[f"vision.blocks.{{l}}.{block}"] = image
+    for module in ("vision.patch_embed.proj", "vision.norm", "aligner.w1", "aligner.w2"):
+        names[module] = image
+    weights = {f"{name}.{part}": why for name, why in names.items() for part in ("weight", "bias")}
+    weights |= dict.fromkeys(("image_start", "image_end", "image_newline", "image_pad"), image)
+    for part in ("embed.weight", "wkv.weight", "q_weight", "k_weight"):
+        weights[f"layers.{{l}}.engram.{part}"] = engram
+    modules = ["main_proj", "main_norm", "norm", "markov_head.embed", "markov_head.head"]
+    modules += ["confidence_head.proj", "enorm", "hnorm", "e_proj", "h_proj"]
+    weights |= {f"mtp.{{l}}.{module}.weight": mtp for module in modules}
+    weights["mtp.{l}.ffn.gate.bias_vl"] = mtp
+    anywhere: blocks.Where = {"l": range(OPEN)}
+    for rule in (*attention(g, anywhere), *mixture(g, anywhere), *connections(g, anywhere)):
+        weights |= {f"mtp.{text.removeprefix('layers.')}": mtp for text in rule.source}
+    drops = [
+        Drop(text, why, {i: range(OPEN) for i in "le" if f"{{{i}}}" in text}, usual=False)
+        for text, why in weights.items()
+    ]
+    return [*drops, Drop("layers.{l}.ffn.gate.bias_vl", image, {"l": layers}, (count,))]
+
+
+def build(config: Geometry) -> tuple[list[Rule], list[Drop]]:
+    g = config.section("text_config") if "text_config" in config.config else config
+    layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
+    where: blocks.Where = {"l": layers}
+    if engram := g.config.get("engram_layer_ids"):
+        # Without the memory the model would answer, and wrongly; mlx-lm refuses to build it.
+        cause = "The tensors named layers.*.engram are a part of the model that mlx-lm's class does not have."
+        needed = "a model without engram memory"
+        g.problems.append(
+            Problem(
+                "config.json", "mlx-lm cannot run this model", needed, f"engram_layer_ids {engram}", cause
+            )
+        )
+    rules = [
+        *blocks.linear("embed", (vocab, hidden), {}, "model.embed_tokens"),
+        gain("norm", "model.norm", hidden, {}),
+        *blocks.linear("head", (vocab, hidden), {}, "lm_head"),
+        *attention(g, where),
+        *compression(g, layers),
+        *mixture(g, where),
+        *connections(g, where),
+    ]
+    return rules, left_out(g, layers)
+
+
+FAMILY = blocks.Family(
+    "deepseek_v41",
+    "deepseek_v41",
+    build,
+    {
+        "model_type": "deepseek_v41",
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "deepseek_v41_text",
+            **{
+                key: deepseek_v3.SAMPLE[key]
+                for key in ("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers")
+            },
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 128,
+            "q_lora_rank": 64,
+            "qk_rope_head_dim": 32,
+            "o_groups": 2,
+            "o_lora_rank": 64,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "scoring_func": "sqrtsoftplus",
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+            "swiglu_limit": 10.0,
+            "rms_norm_eps": 1e-20,
+            "sliding_window": 8,
+            # The last number is that of an MTP layer.
+            "compress_ratios": [0, 2, 1, 1, 0],
+            "kv_source_layer_ids": [1, 2],
+            "index_source_layer_ids": [1, 2, 3],
+            "candidate_source_layer_id": 2,
+            "candidate_topk_blocks": 2,
+            "candidate_block_size": 2,
+            "index_n_heads": 4,
+            "index_head_dim": 64,
+            "index_topk": 4,
+            "compress_rope_theta": 160000.0,
+            "rope_theta": 10000.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 1024,
+            },
+            "max_position_embeddings": 4096,
+            "hc_mult": 4,
+            "hc_sinkhorn_iters": 20,
+            "hc_eps": 1e-6,
+            "engram_layer_ids": [],
+        },
+    },
+    architectures=("DeepseekV41ForCausalLM",),
+    float32=("_fn", "_base", "_scale", "attn_sink", "gate.bias", "gate.bias_vl"),
+)

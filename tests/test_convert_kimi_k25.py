@@ -1,0 +1,67 @@
+"""Kimi K2.5 is Kimi K2 beside an image encoder, and gives the logits of Kimi K2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conversion import convert
+from reference import Storage, checkpoint, mlx_logits, reference_truth, relative_error
+from safetensors.torch import load_file, save_file
+
+TOLERANCE = 1e-5
+
+# One of each kind. Source: the header listing of Kimi K2.5.
+IMAGES = {
+    "vision_tower.patch_embed.pos_emb.weight": (4, 4, 64),
+    "vision_tower.patch_embed.proj.weight": (64, 3, 14, 14),
+    "vision_tower.patch_embed.proj.bias": (64,),
+    **{
+        f"vision_tower.encoder.blocks.{layer}.{module}.{part}": shape
+        for layer in range(2)
+        for module in ("norm0", "norm1", "wqkv", "wo", "mlp.fc0", "mlp.fc1")
+        for part, shape in (("weight", (64, 64)), ("bias", (64,)))
+    },
+    "vision_tower.encoder.final_layernorm.weight": (64,),
+    "vision_tower.encoder.final_layernorm.bias": (64,),
+    **{
+        f"mm_projector.{module}.{part}": shape
+        for module in ("pre_norm", "proj.0", "proj.2")
+        for part, shape in (("weight", (64, 64)), ("bias", (64,)))
+    },
+}
+
+
+def wrap(source: Path, folder: Path) -> Path:
+    """Write a Kimi K2 checkpoint as the language model of a Kimi K2.5 one."""
+    folder.mkdir()
+    numbers = json.loads((source / "config.json").read_text())
+    config = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "torch_dtype": numbers.pop("torch_dtype"),
+        "text_config": numbers,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in sorted(source.glob("model*.safetensors")):
+        held = {f"language_model.{name}": tensor for name, tensor in load_file(file).items()}
+        save_file(held, folder / file.name, metadata={"format": "pt"})
+    images = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in IMAGES.items()}
+    save_file(images, folder / "model-images.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("storage", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_logits_are_those_of_kimi_k2(storage: Storage, dtype: str, tmp_path: Path) -> None:
+    source = wrap(checkpoint("kimi_k2", storage), tmp_path / "source")
+    plan = convert(source, tmp_path / "out", "--dtype", dtype)
+    images = [drop.source.name for drop in plan.drops if "image encoder" in drop.reason]
+    assert sorted(images) == sorted(IMAGES)
+    assert sum(name.endswith(".rotary_emb.inv_freq") for name in (d.source.name for d in plan.drops)) == 3
+    wanted = reference_truth("kimi_k2", storage, None if dtype == "float32" else dtype)
+    prefill, decode = relative_error(mlx_logits(tmp_path / "out", float32=True), wanted)
+    assert prefill <= TOLERANCE
+    assert decode <= TOLERANCE
