@@ -57,7 +57,7 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
     config = dict(MODEL_TYPES[family].sample)
     found, table = table_of(config)
     stored: dict[str, mx.array] = {}
-    for tensor, array in _tensors(table, config, seed).items():
+    for tensor, array in _tensors(table, found.numbers(config), seed).items():
         codec, dtype = _format(tensor, array, found, fmt)
         for part, value in codec.encode(array.astype(dtype)).items():
             stored[part_name(tensor, part)] = value
@@ -89,6 +89,9 @@ def _tensors(table: Table, config: Mapping[str, Any], seed: int) -> dict[str, mx
             arrays = [mx.array(_values(rng, source, *known[source])) for source in rule.sources(key)]
             tensors |= zip(rule.targets(key), rule.op.apply(arrays), strict=True)
     for drop in table.drops:
+        for tensor in drop.inside if drop.usual else ():
+            # What a dropped module is made of is nobody's business here: the names are enough.
+            tensors[f"{drop.source}.{tensor}"] = mx.array(_values(rng, tensor, (64,), Param()))
         if drop.usual and drop.shape is not None:
             for tensor in _dropped(drop, config):
                 tensors[tensor] = mx.array(_values(rng, tensor, drop.shape, Param()))
