@@ -33,6 +33,7 @@ __all__ = [
     "param",
     "refusal",
     "rope_parameters",
+    "rope_type",
     "rotary_buffers",
     "router",
     "tied_embeddings",
@@ -166,7 +167,7 @@ def refusal(what: str, *, needed: str = "", found: str = "", cause: str = "") ->
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """Return rope_theta, rope_type and the rest in one, however a config spells them.
+    """Return rope_theta and rope_scaling in one, however a config spells them.
 
     As transformers 5 reads both spellings: rope_scaling goes before rope_parameters, and a rope_theta
     in either before the one beside them.
@@ -174,12 +175,16 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     given = config.get("rope_scaling") or config.get("rope_parameters")
     found = dict(given) if isinstance(given, Mapping) else {}
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    found.setdefault("rope_type", found.get("type", "default"))
     return found
 
 
+def rope_type(rope: Config) -> object:
+    """Return the kind of rope, which has an old and a new name."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def nested_rope(config: Config) -> dict[str, Any]:
-    """Return the rewritten keys for a class of mlx-lm that reads rope_parameters."""
+    """Return the rewritten keys for a class of mlx-lm that reads rope_parameters alone."""
     return {"rope_parameters": rope_parameters(config)}
 
 
@@ -189,7 +194,7 @@ def flat_rope(config: Config) -> dict[str, Any]:
         return {}
     found = rope_parameters(config)
     theta = found.pop("rope_theta")
-    return {"rope_theta": theta, "rope_scaling": None if found["rope_type"] == "default" else found}
+    return {"rope_theta": theta, "rope_scaling": None if rope_type(found) == "default" else found}
 
 
 def linear(
@@ -248,15 +253,22 @@ def decoder_norms(g: Geometry, where: Where, suffix: str = "") -> list[Rule]:
 
 
 def mla_attention(
-    g: Geometry, where: Where, prefix: str = "model.layers.{l}.self_attn", *, split: bool = True
+    g: Geometry,
+    where: Where,
+    prefix: str = "model.layers.{l}.self_attn",
+    *,
+    split: bool = True,
+    value: int | None = None,
 ) -> list[Rule]:
     """Return the rules of multi-head latent attention.
 
-    `split`: whether the class wants kv_b_proj as embed_q [h, r, n] and unembed_out [h, v, r].
+    `split`: whether the class wants kv_b_proj as embed_q [h, r, n] and unembed_out [h, v, r]. `value` is
+    v where the config has no v_head_dim.
     Source of the shapes: the reference modelling code; with `q_lora_rank` null there is one q_proj.
     """
     hidden, heads = g.dim("hidden_size"), g.dim("num_attention_heads")
-    nope, rope, value = g.dim("qk_nope_head_dim"), g.dim("qk_rope_head_dim"), g.dim("v_head_dim")
+    nope, rope = g.dim("qk_nope_head_dim"), g.dim("qk_rope_head_dim")
+    value = value or g.dim("v_head_dim")
     rank, query_rank = g.dim("kv_lora_rank"), g.optional("q_lora_rank")
     bias = g.flag("attention_bias")
     rules = []

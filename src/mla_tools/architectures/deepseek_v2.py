@@ -29,7 +29,7 @@ def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Refuse the ropes that mlx-lm 0.32.2 would take for yarn."""
-    kind = blocks.rope_parameters(config)["rope_type"]
+    kind = blocks.rope_type(blocks.rope_parameters(config))
     if kind in ("default", "yarn"):
         return []
     return [blocks.refusal("its rope is yarn or none", found=f"rope_type {kind!r}")]

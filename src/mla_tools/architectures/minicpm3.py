@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.architectures import blocks, youtu_llm
-from mla_tools.architectures.geometry import Geometry
+from mla_tools.architectures.geometry import Geometry, Num
 from mla_tools.errors import Problem
 from mla_tools.ops import Copies
 from mla_tools.rules import Drop, Param, Rule
@@ -26,7 +26,12 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         rules = [rule for rule in rules if rule.source != (words,)]
         both = (words, "lm_head.weight")
         rules.append(Rule((words,), both, (shape,), Copies(), param=Param(quantizable=True)))
-    return rules + youtu_llm.dense_decoder(g), tied + blocks.rotary_buffers(g, usual=False)
+    return rules + youtu_llm.dense_decoder(g, _value(g)), tied + blocks.rotary_buffers(g, usual=False)
+
+
+def _value(g: Geometry) -> Num:
+    """Return the size of a value head, for which no config has a key; mlx-lm's class knows none."""
+    return g.dim("hidden_size") // g.dim("num_attention_heads")
 
 
 def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope = blocks.rope_parameters(config)
     theta = rope.pop("rope_theta")
-    if rope["rope_type"] == "default":
+    if blocks.rope_type(rope) == "default":
         rope = {"rope_type": "longrope", "short_factor": 1.0, "long_factor": 1.0}
     rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return {"rope_theta": theta, "rope_scaling": rope, "tie_word_embeddings": False}
@@ -47,10 +52,9 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Refuse what mlx-lm 0.32.2 takes for something else."""
     problems = []
     rope = blocks.rope_parameters(config)
-    if rope["rope_type"] not in ("default", "longrope"):
-        problems.append(
-            blocks.refusal("its rope is longrope or none", found=f"rope_type {rope['rope_type']!r}")
-        )
+    kind = blocks.rope_type(rope)
+    if kind not in ("default", "longrope"):
+        problems.append(blocks.refusal("its rope is longrope or none", found=f"rope_type {kind!r}"))
     elif rope.get("short_factor") != rope.get("long_factor"):
         problems.append(
             blocks.refusal(
@@ -60,11 +64,12 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
                 cause="Set both to the one that fits the length of your texts.",
             )
         )
-    ignored = [key for key in ("attention_factor", "factor") if rope.get(key) is not None]
-    if ignored:
-        problems.append(blocks.refusal("it ignores keys of rope_scaling", found=", ".join(ignored)))
-    g = Geometry(config)
-    size = g.dim("hidden_size") // g.dim("num_attention_heads")
+    trained, longest = rope.get("original_max_position_embeddings"), config.get("max_position_embeddings")
+    for key in ("factor", "attention_factor"):
+        # Where no text is longer than those of the training, both are 1 in either implementation.
+        if rope.get(key) is not None and not (rope[key] == 1 and trained == longest):
+            problems.append(blocks.refusal(f"it ignores {key}", found=f"{key} {rope[key]} in rope_scaling"))
+    size = _value(Geometry(config))
     if config.get("v_head_dim") not in (None, size):
         problems.append(
             blocks.refusal(
@@ -81,7 +86,7 @@ FAMILY = blocks.Family(
     "minicpm3",
     build,
     {
-        **youtu_llm.FAMILY.sample,
+        **{key: value for key, value in youtu_llm.FAMILY.sample.items() if key != "v_head_dim"},
         "model_type": "minicpm3",
         "architectures": ["MiniCPM3ForCausalLM"],
         "rms_norm_eps": 1e-5,

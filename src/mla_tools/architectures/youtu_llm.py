@@ -13,12 +13,15 @@ from mla_tools.rules import Drop, Rule
 __all__ = ["FAMILY", "dense_decoder"]
 
 
-def dense_decoder(g: Geometry) -> list[Rule]:
-    """Return the rules of the layers of a decoder without experts, with kv_b_proj as it is."""
+def dense_decoder(g: Geometry, value: int | None = None) -> list[Rule]:
+    """Return the rules of the layers of a decoder without experts, with kv_b_proj as it is.
+
+    `value` is the size of a value head where the config has no v_head_dim.
+    """
     where = {"l": g.layers()}
     return [
         *blocks.decoder_norms(g, where),
-        *blocks.mla_attention(g, where, split=False),
+        *blocks.mla_attention(g, where, split=False, value=value),
         *blocks.mlp("model.layers.{l}.mlp", g.dim("hidden_size"), g.dim("intermediate_size"), where),
     ]
 
@@ -43,7 +46,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     rope = blocks.rope_parameters(config)
     factor = rope.get("factor", 1)
     plain = isinstance(factor, int | float) and factor <= 1
-    if rope["rope_type"] == "default" or not rope.get("mscale_all_dim") or plain:
+    if blocks.rope_type(rope) == "default" or not rope.get("mscale_all_dim") or plain:
         return []
     return [
         blocks.refusal(
