@@ -116,8 +116,8 @@ def wrapped(
     """Return the family of a multimodal config whose text_config is one of `inner`.
 
     The tensors are those of `inner` with "language_model." before their names. `dropped` are the other
-    modules of the checkpoint, with the reason. `spellings` are further ways in which the prefix is
-    written, each for names that begin with "model." and for the others.
+    modules of the checkpoint, with the reason. `spellings` are further ways in which checkpoints write
+    "language_model.model." before what is in the decoder, and "language_model." before the rest.
     """
     prefix = "language_model."
 
@@ -136,7 +136,13 @@ def wrapped(
                 )
                 for rule in rules
             ]
-        beside = [Drop(name, reason, inside=("patch_embed.weight",)) for name, reason in dropped.items()]
+        # The other modules stand beside "language_model", wherever that stands.
+        places = {"": True, **{model.removesuffix(prefix): False for model, _ in spellings}}
+        beside = [
+            Drop(place + name, reason, usual=usual, inside=("patch_embed.weight",))
+            for place, usual in places.items()
+            for name, reason in dropped.items()
+        ]
         return found, [*(_under_drop(drop, prefix) for drop in drops), *beside]
 
     return replace(

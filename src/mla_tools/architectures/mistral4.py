@@ -87,8 +87,7 @@ MULTIMODAL = blocks.wrapped(
     # Under the names of the files on the hub, and under those of transformers 5 in memory.
     spellings=(("model.language_model.", ""),),
     dropped={
-        f"{prefix}{module}": f"{what}, not part of the language model"
-        for prefix in ("", "model.")
-        for module, what in (("vision_tower", "image encoder"), ("multi_modal_projector", "image projector"))
+        "vision_tower": "image encoder, not part of the language model",
+        "multi_modal_projector": "image projector, not part of the language model",
     },
 )
