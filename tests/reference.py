@@ -321,6 +321,119 @@ FAMILIES: dict[str, Config] = {
     },
 }
 
+FAMILIES |= {
+    # An indexer in each layer, with interleaved rope. The MTP layer has no copy of embedding and head.
+    "glm_moe_dsa": {
+        **{k: v for k, v in FAMILIES["deepseek_v32"].items() if k not in ("rope_theta", "rope_scaling")},
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "model_type": "glm_moe_dsa",
+        "q_lora_rank": 64,
+        "v_head_dim": 128,
+        "n_group": 1,
+        "topk_group": 1,
+        "rms_norm_eps": 1e-5,
+        "indexer_rope_interleave": True,
+        "max_position_embeddings": 202752,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    },
+    # No experts; kv_b_proj stays whole.
+    "youtu_llm": {
+        "architectures": ["YoutuForCausalLM"],
+        "model_type": "youtu_llm",
+        **_COMMON,
+        **_MLA,
+        "num_hidden_layers": 3,
+        "intermediate_size": 320,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1600000,
+        "rope_scaling": None,
+        "rope_interleave": True,
+        "tie_word_embeddings": True,
+    },
+    # As in MiniCPM3-4B: no rope_theta, no v_head_dim and no word of the embedding being tied, which it is.
+    "minicpm3": {
+        "architectures": ["MiniCPM3ForCausalLM"],
+        "model_type": "minicpm3",
+        **{k: v for k, v in _COMMON.items() if k != "tie_word_embeddings"},
+        **{k: v for k, v in _MLA.items() if k != "v_head_dim"},
+        "num_hidden_layers": 3,
+        "intermediate_size": 320,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "scale_emb": 3,
+        "scale_depth": 1.4,
+        "dim_model_base": 64,
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": [1.0 + n / 16 for n in range(16)],
+            "short_factor": [1.0 + n / 16 for n in range(16)],
+            "original_max_position_embeddings": 32768,
+        },
+    },
+    # Fused experts, a softmax router; attention scaled after 8 positions, so that the prompt sees it.
+    "mistral4": {
+        "architectures": ["Mistral4ForCausalLM"],
+        "model_type": "mistral4",
+        **_COMMON,
+        **_MLA,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "max_position_embeddings": 1048576,
+        "rms_norm_eps": 1e-6,
+        "rope_interleave": True,
+        "rope_parameters": {
+            **_YARN,
+            "rope_theta": 10000.0,
+            "factor": 128.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+}
+# The same beside a vision tower.
+FAMILIES["mistral3"] = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "image_token_index": 10,
+    "spatial_merge_size": 2,
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "tie_word_embeddings": False,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.3",
+    "text_config": {
+        k: v
+        for k, v in FAMILIES["mistral4"].items()
+        if k not in ("architectures", "torch_dtype", "transformers_version")
+    },
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 56,
+        "hidden_act": "gelu",
+        "rope_theta": 10000.0,
+    },
+}
+
 # Random weights put some token close to the edge between two experts, where rounding the weights to
 # bfloat16 would choose another expert and change the logits by tenths. These salts of the random numbers
 # were searched for: with them and seed 0 no choice changes, in any storage (what is left is about 0.01).
@@ -335,9 +448,14 @@ _SALTS = {
     "bailing_hybrid": 16,
     "deepseek_v2_lite": 359,
     "deepseek_v2": 330,
+    "glm_moe_dsa": 31,
+    "youtu_llm": 0,
+    "minicpm3": 0,
+    "mistral4": 61,
+    "mistral3": 13,
 }
 
-FP8_FAMILIES = ("deepseek_v3", "kimi_k2", "deepseek_v32")
+FP8_FAMILIES = ("deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa")
 
 STORAGES: tuple[tuple[str, Storage], ...] = tuple(
     (family, storage)
@@ -356,6 +474,11 @@ KEPT: dict[str, tuple[str, ...]] = {
     "kimi_k2": ("e_score_correction_bias",),
     "kimi_linear": ("e_score_correction_bias", "A_log", "dt_bias"),
     "longcat_flash": ("e_score_correction_bias",),
+    "glm_moe_dsa": ("e_score_correction_bias",),
+    "youtu_llm": (),
+    "minicpm3": (),
+    "mistral4": (),
+    "mistral3": (),
 }
 """Last parts of the names that the cast_predicate of mlx-lm's class leaves in the stored dtype."""
 
@@ -369,6 +492,11 @@ _STORED_F32: dict[str, re.Pattern[str]] = {
     "kimi_linear": re.compile(r"\.(A_log|dt_bias)$"),
     "longcat_flash": re.compile(r"\.router\.(classifier\.weight|e_score_correction_bias)$"),
     "deepseek_v2": re.compile(r"(?!)"),
+    "glm_moe_dsa": re.compile(r"\.e_score_correction_bias$"),
+    "youtu_llm": re.compile(r"(?!)"),
+    "minicpm3": re.compile(r"(?!)"),
+    "mistral4": re.compile(r"(?!)"),
+    "mistral3": re.compile(r"(?!)"),
 }
 
 # What the hub stores in F8_E4M3 with block scales. Not eh_proj, the router, weights_proj, embeddings, head.
@@ -385,6 +513,22 @@ _CLASSES = {
     "kimi_k2": ("deepseek_v3", "DeepseekV3"),
     "kimi_linear": ("kimi_linear", "KimiLinear"),
     "longcat_flash": ("longcat_flash", "LongcatFlash"),
+    "glm_moe_dsa": ("glm_moe_dsa", "GlmMoeDsa"),
+    "youtu_llm": ("youtu", "Youtu"),
+    "minicpm3": ("minicpm3", "MiniCPM3"),
+    "mistral4": ("mistral4", "Mistral4"),
+    "mistral3": ("mistral3", "Mistral3"),
+}
+
+# The families whose files hold the experts of a layer as transformers does, as two tensors.
+_FUSED = ("mistral4", "mistral3")
+
+# Where the modules of a mistral3 model stand in the files. Source: transformers' conversion_mapping.py.
+_WRAPPED = {
+    "lm_head.": "language_model.lm_head.",
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
 }
 
 
@@ -406,6 +550,17 @@ def model_type(config: Mapping[str, Any]) -> str:
     if config["architectures"] == ["LongcatFlashForCausalLM"]:
         return "longcat_flash"
     raise ValueError(f"no model_type in {dict(config)}")
+
+
+def _numbers(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a hub config that describes the language model."""
+    numbers: Mapping[str, Any] = config.get("text_config", config)
+    return numbers
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    """Whether the files hold no output head; MiniCPM3's config leaves it to its class to say so."""
+    return bool(config.get("tie_word_embeddings", model_type(config) == "minicpm3"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,9 +590,15 @@ def _transformers_config(config: Mapping[str, Any]) -> Any:
 
 def _transformers_model(config: Mapping[str, Any]) -> Any:
     """A float32 model of the transformers class for a hub config, weights as its constructor leaves them."""
-    package, prefix = _CLASSES[model_type(config)]
+    package, _ = _CLASSES[model_type(config)]
     module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-    return getattr(module, f"{prefix}ForCausalLM")(_transformers_config(config)).float().eval()
+    return getattr(module, class_name(config))(_transformers_config(config)).float().eval()
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """The transformers class that computes the logits of a hub config."""
+    prefix = _CLASSES[model_type(config)][1]
+    return prefix + ("ForConditionalGeneration" if "text_config" in config else "ForCausalLM")
 
 
 FULL_ATTENTION = (1, 3)
@@ -472,6 +633,9 @@ def _plain_name(kind: str, name: str, moe_blocks: set[str]) -> str:
         number = re.match(r"model\.layers\.(\d+)\.attention\.o_proj\.", name)
         if number and int(number[1]) in FULL_ATTENTION:
             name = name.replace(".o_proj.", ".dense.")
+    if kind == "mistral3":
+        ours = next(prefix for prefix in _WRAPPED if name.startswith(prefix))
+        name = _WRAPPED[ours] + name.removeprefix(ours)
     return name
 
 
@@ -481,7 +645,9 @@ def _to_hub(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Ten
     moe_blocks = {match["block"] for name in state if (match := _EXPERTS.match(name))}
     hub: Tensors = {}
     for name, tensor in state.items():
-        if match := _EXPERTS.match(name):
+        if name == "lm_head.weight" and _tied(config):
+            continue
+        if kind not in _FUSED and (match := _EXPERTS.match(name)):
             # LongCat's parameter has rows for the zero experts too; they are not stored.
             for expert in range(config.get("n_routed_experts") or config["num_experts"]):
                 gate, up, down = _expert_names(kind, match["block"], expert)
@@ -508,7 +674,9 @@ def _from_hub(hub: Mapping[str, torch.Tensor], config: Mapping[str, Any], like: 
     left = {name: tensor for name, tensor in hub.items() if not _is_extra(name, config)}
     state: Tensors = {}
     for name, old in like.items():
-        if match := _EXPERTS.match(name):
+        if name == "lm_head.weight" and _tied(config):
+            state[name] = hub["model.embed_tokens.weight"]
+        elif kind not in _FUSED and (match := _EXPERTS.match(name)):
             new = torch.zeros_like(old)
             for expert in range(config.get("n_routed_experts") or config["num_experts"]):
                 gate, up, down = _expert_names(kind, match["block"], expert)
@@ -529,7 +697,8 @@ def _from_hub(hub: Mapping[str, torch.Tensor], config: Mapping[str, Any], like: 
 
 def _is_extra(name: str, config: Mapping[str, Any]) -> bool:
     """Whether the forward pass has no use for a hub tensor: an MTP layer or a rotary buffer."""
-    layers = config.get("num_hidden_layers", config.get("num_layers"))
+    numbers = _numbers(config)
+    layers = numbers.get("num_hidden_layers", numbers.get("num_layers"))
     match = re.match(r"model\.layers\.(\d+)\.", name)
     in_mtp = name.startswith("model.mtp.") or (match is not None and int(match[1]) >= layers)
     return in_mtp or name.endswith(".rotary_emb.inv_freq")
@@ -562,7 +731,7 @@ def _draw(name: str, shape: torch.Size, config: Mapping[str, Any], seed: str) ->
         return uniform(0.6, 1.4)  # the gain of a norm
     if "embed_tokens" in name or "word_embeddings" in name:
         return normal(1.0)
-    if len(shape) == 3:
+    if name.endswith("conv1d.weight"):
         return normal(0.5)  # a convolution of four taps
     values = normal(shape[-1] ** -0.5)
     if name.endswith((".gate.weight", ".classifier.weight")):
@@ -570,7 +739,7 @@ def _draw(name: str, shape: torch.Size, config: Mapping[str, Any], seed: str) ->
     elif name.endswith(".q_a_proj.weight"):
         values *= LATENT_GAIN
     elif name.endswith(".kv_a_proj_with_mqa.weight"):
-        values[: config["kv_lora_rank"]] *= LATENT_GAIN  # the rope rows are not normed
+        values[: _numbers(config)["kv_lora_rank"]] *= LATENT_GAIN  # the rope rows are not normed
     return values
 
 
@@ -601,14 +770,14 @@ def _mtp_shapes(hub: Mapping[str, torch.Size], config: Mapping[str, Any]) -> dic
     if model_type(config) == "bailing_hybrid":
         norms = ("enorm", "hnorm", "final_layernorm")
         return {**block, f"{layer}eh_proj.weight": square} | {f"{layer}{n}.weight": vector for n in norms}
+    copies = {f"{layer}embed_tokens.weight": table, f"{layer}shared_head.head.weight": table}
     return {
         **block,
-        f"{layer}embed_tokens.weight": table,
         f"{layer}eh_proj.weight": square,
         f"{layer}enorm.weight": vector,
         f"{layer}hnorm.weight": vector,
         f"{layer}shared_head.norm.weight": vector,
-        f"{layer}shared_head.head.weight": table,
+        **(copies if model_type(config) != "glm_moe_dsa" else {}),
     }
 
 
@@ -679,8 +848,8 @@ def decoded(stored: Mapping[str, torch.Tensor]) -> Tensors:
 
 def _layer_order(name: str) -> tuple[object, ...]:
     """Sorts names as the hub's shards hold them: embeddings, layers by number, final norm, head."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    place = 0 if name.startswith("model.embed") else 1 if match else 2
+    match = re.match(r"(?:language_model\.)?model\.layers\.(\d+)\.", name)
+    place = 0 if "model.embed" in name else 1 if match else 2
     numbers = [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
     return (place, int(match[1]) if match else 0, numbers)
 

@@ -38,7 +38,10 @@ FLAGS: dict[str, tuple[list[str], dict[str, object]]] = {
     },
 }
 
-CASES = [(family, flags) for family in MODEL_TYPES for flags in FLAGS] + [
+# A second name of a family needs no second comparison.
+NAMES = [name for name, family in MODEL_TYPES.items() if family.name == name]
+
+CASES = [(family, flags) for family in NAMES for flags in FLAGS] + [
     ("deepseek_v3-f32", "plain"),
     ("deepseek_v3-f32", "affine"),
     ("kimi_linear-f32", "bfloat16"),
@@ -58,6 +61,8 @@ def sample(family: str) -> Path:
     write_sample(name, folder, fmt or "bf16")
     if name == "deepseek_v3":
         remove_mtp_layer(folder)
+    if name == "minicpm3":
+        write_output_head(folder)
     config = json.loads((folder / "config.json").read_text())
     config.setdefault("model_type", MODEL_TYPES[name].model_type)
     (folder / "config.json").write_text(json.dumps(config))
@@ -70,6 +75,19 @@ def remove_mtp_layer(folder: Path) -> None:
         kept = {k: v for k, v in mx.load(str(file)).items() if not k.startswith("model.layers.4.")}
         mx.save_safetensors(str(file), kept)
     (folder / "model.safetensors.index.json").unlink()
+
+
+def write_output_head(folder: Path) -> None:
+    """Untie the embedding: where it is tied, mlx-lm's class forgets to scale the logits, and we untie it."""
+    (file,) = [
+        file for file in folder.glob("model*.safetensors") if "model.norm.weight" in mx.load(str(file))
+    ]
+    weights = load(folder)
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"][::-1]}
+    mx.save_safetensors(str(file), {**mx.load(str(file)), **head})
+    (folder / "model.safetensors.index.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
 
 
 def load(folder: Path) -> dict[str, mx.array]:

@@ -12,7 +12,7 @@ cut between rows but not within them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,16 +26,20 @@ __all__ = [
     "AddPadding",
     "Block",
     "ConcatRows",
+    "Copies",
     "CutRows",
     "DropPadding",
+    "JoinRows",
     "MergeKvB",
     "Op",
     "Same",
     "Slab",
     "SplitKvB",
+    "SplitRows",
     "Stack",
     "StackRows",
     "SwapLastAxes",
+    "TakeFirst",
     "Unstack",
     "UnstackRows",
 ]
@@ -176,6 +180,135 @@ class Unstack:
         # The slabs of the way there, read from right to left.
         for slab in Stack().slabs(self.infer(specs), limit):
             yield Slab(slab.writes, slab.reads)
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Copies:
+    """One tensor as `count` equal ones: a tied embedding written out as embedding and output head."""
+
+    count: int = 2
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        return (spec,) * self.count
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        (array,) = arrays
+        return (array,) * self.count
+
+    def inverse(self) -> TakeFirst:
+        return TakeFirst(self.count)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        for slab in Same().slabs(specs, limit // self.count):
+            (block,) = slab.reads
+            yield Slab(slab.reads, tuple(replace(block, index=copy) for copy in range(self.count)))
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class TakeFirst:
+    """`count` tensors that are meant to be equal as one, the inverse of `Copies`; only the first is read."""
+
+    count: int = 2
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        if len(specs) != self.count or any(spec.shape != specs[0].shape for spec in specs):
+            raise ValueError(f"{', '.join(map(str, specs))} are not {self.count} copies of one tensor")
+        return (specs[0],)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        return (arrays[0],)
+
+    def inverse(self) -> Copies:
+        return Copies(self.count)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        yield from Same().slabs(specs[:1], limit)
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """[…, p*o, i] as p tensors of […, o, i]: fused gate and up projections, [e, 2*o, i] or [2*o, i]."""
+
+    parts: int = 2
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        if len(spec.shape) < 2 or spec.shape[-2] % self.parts:
+            raise ValueError(f"{spec} cannot be cut into {self.parts} equal parts along its rows")
+        *head, rows, width = spec.shape
+        return (Spec((*head, rows // self.parts, width), spec.dtype),) * self.parts
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        import mlx.core as mx
+
+        # A slab reads the same rows of each part; one after the other they are a small fused tensor.
+        fused = arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays), axis=-2)
+        return tuple(mx.split(fused, self.parts, axis=-2))
+
+    def inverse(self) -> JoinRows:
+        return JoinRows(self.parts)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        first = self.infer(specs)[0]
+        rows, width = first.shape[-2:]
+        for e in range(first.rows // rows):
+            for start, stop in _runs(rows, _rows(width, limit) // self.parts, _ROW_ALIGNMENT):
+                shape = (1, stop - start, width)
+                offsets = [(e * self.parts + part) * rows for part in range(self.parts)]
+                yield Slab(
+                    tuple(Block(0, offset + start, offset + stop, shape) for offset in offsets),
+                    tuple(
+                        Block(part, e * rows + start, e * rows + stop, shape) for part in range(self.parts)
+                    ),
+                )
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class JoinRows:
+    """p tensors of […, o, i] as one […, p*o, i], the inverse of `SplitRows`."""
+
+    parts: int = 2
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        first = specs[0]
+        if len(specs) != self.parts or any(spec.shape != first.shape for spec in specs):
+            raise ValueError(f"{', '.join(map(str, specs))} are not {self.parts} equal parts of one tensor")
+        *head, rows, width = first.shape
+        return (Spec((*head, rows * self.parts, width), first.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        import mlx.core as mx
+
+        return (mx.concatenate(list(arrays), axis=-2),)
+
+    def inverse(self) -> SplitRows:
+        return SplitRows(self.parts)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        # One part at a time: a run of rows is one block on both sides.
+        rows, width = specs[0].shape[-2:]
+        for e in range(specs[0].rows // rows):
+            for part in range(self.parts):
+                for start, stop in _runs(rows, _rows(width, limit), _ROW_ALIGNMENT):
+                    shape = (1, stop - start, width)
+                    there = (e * self.parts + part) * rows
+                    yield Slab(
+                        (Block(part, e * rows + start, e * rows + stop, shape),),
+                        (Block(0, there + start, there + stop, shape),),
+                    )
 
     def keeps_last_axis(self, output: int) -> bool:
         return True

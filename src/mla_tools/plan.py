@@ -263,7 +263,7 @@ def make_steps(
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
     family, table = table_of(config)
-    made = Steps(family, [], [], [], [], {}, set(), set())
+    made = Steps(family, [], [], family.refusals(config), [], {}, set(), set())
     lost = lost or {}
     inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
     for source, match in _claimed(stored, config, table, made):
@@ -356,6 +356,8 @@ def _claimed(
 
 def _quantization_section(config: Mapping[str, Any]) -> Mapping[str, object]:
     section = config.get("quantization_config")
+    if section is None and isinstance(config.get("text_config"), Mapping):
+        section = config["text_config"].get("quantization_config")
     return section if isinstance(section, Mapping) else {}
 
 
@@ -665,11 +667,13 @@ def _output_files(steps: Sequence[Step]) -> tuple[OutputFile, ...]:
 
 def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> dict[str, Any]:
     """Return the config.json that mlx-lm reads the output with, keys sorted as mlx-lm writes them."""
-    new = {**(made.family.defaults or {}), **copy.deepcopy(dict(config))}
-    new["model_type"] = made.family.model_type
+    new = copy.deepcopy(made.family.rewritten(config))
     old = new.pop("quantization", None)
-    new.pop("quantization_config", None)
-    new.pop("_name_or_path", None)
+    # The vision modules are dropped, and with this key some readers would look for them.
+    for key in ("quantization_config", "_name_or_path", "vision_config"):
+        new.pop(key, None)
+    if made.family.section:
+        new[made.family.section].pop("quantization_config", None)
     if options.dtype is not None:
         new["torch_dtype"] = next(name for name, dtype in _DTYPE_NAMES.items() if dtype is options.dtype)
     if made.quantized:

@@ -177,6 +177,8 @@ class Drop:
     `marker`: a template that must be present too, for the same values of its indices, or the tensors
     are not what the reason says (a layer beyond the last is an MTP layer only if it has `eh_proj`).
     `usual`: whether the family's checkpoints on the hub have them, so that samples do too.
+    `inside`: the drop is of a whole module, everything whose name begins with `source` and a dot; these
+    are the rest of some of the names, for samples.
     """
 
     source: str
@@ -185,6 +187,7 @@ class Drop:
     shape: tuple[int, ...] | None = None
     marker: str | None = None
     usual: bool = True
+    inside: tuple[str, ...] = ()
 
 
 class Match(NamedTuple):
@@ -216,15 +219,22 @@ class Table:
 
     def __init__(self, rules: Sequence[Rule], drops: Sequence[Drop] = (), *, identities: bool = True) -> None:
         primary = [rule for rule in rules if all(rule.where.values())]
-        self.rules = (*primary, *_identities(primary)) if identities else tuple(primary)
+        self.rules = (*primary, *_identities(primary, drops)) if identities else tuple(primary)
         self.drops = tuple(drops)
+        self._modules: dict[str, int] = {}
         self._lookup: dict[tuple[str, ...], list[tuple[int, int, tuple[Domain, ...]]]] = {}
         self._slots = [_slots(rule) for rule in self.rules]
         for claim, rule in enumerate(self.rules):
             for position, text in enumerate(rule.source):
                 self._add(claim, position, text, rule.where)
         for claim, drop in enumerate(self.drops, start=len(self.rules)):
-            self._add(claim, 0, drop.source, drop.where)
+            if drop.inside:
+                self._modules[drop.source] = claim
+            else:
+                self._add(claim, 0, drop.source, drop.where)
+        for text in (text for rule in self.rules for text in rule.source):
+            if self._module(text) is not None:
+                raise ValueError(f"{text} is claimed by a rule and lies in a module that is dropped")
 
     def _add(self, claim: int, position: int, text: str, where: Mapping[str, Domain]) -> None:
         template = name(text)
@@ -235,12 +245,20 @@ class Table:
                 raise ValueError(f"two rules claim {text}: number {other} and number {claim}")
         entries.append((claim, position, domains))
 
+    def _module(self, tensor: str) -> int | None:
+        """Return the drop of the module in which a tensor lies."""
+        for source, claim in self._modules.items():
+            if tensor.startswith(f"{source}."):
+                return claim
+        return None
+
     def lookup(self, tensor: str) -> Match | None:
         """Return where a tensor's name belongs, or None if no rule knows it."""
         pieces = INDEX.split(tensor)
         entries = self._lookup.get(tuple(pieces[::2]))
         if entries is None:
-            return None
+            module = self._module(tensor)
+            return None if module is None else Match(module, 0, ())
         values = tuple(map(int, pieces[1::2]))
         for claim, position, domains in entries:
             for value, domain in zip(values, domains):  # noqa: B905 - equal by construction, and hot
@@ -321,12 +339,12 @@ def _slots(rule: Rule) -> tuple[_Slots, ...]:
     return tuple(slots)
 
 
-def _identities(rules: Sequence[Rule]) -> list[Rule]:
-    """Return a rule from each target to itself, where no rule reads that name already."""
-    read = {text for rule in rules for text in rule.source}
+def _identities(rules: Sequence[Rule], drops: Sequence[Drop]) -> list[Rule]:
+    """Return a rule from each target to itself, where nothing reads or drops that name already."""
+    read = {text for rule in rules for text in rule.source} | {drop.source for drop in drops}
     found = []
     for rule in rules:
-        if isinstance(rule.op, Same) and rule.source == rule.target:
+        if rule.alternative or (isinstance(rule.op, Same) and rule.source == rule.target):
             continue
         shapes = rule.target_shapes()
         scattered = len(_combinations(rule.scattered, rule.where))

@@ -52,7 +52,7 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
     found, table = table_of(config)
     sample = FORMATS[fmt]
     stored: dict[str, tuple[Spec, mx.array]] = {}
-    for tensor, array in _tensors(table, config, seed).items():
+    for tensor, array in _tensors(table, found.numbers(config), seed).items():
         codec, dtype = _format(tensor, array, found, fmt)
         # MLX has no 8-bit floats, so only the codec knows what its bytes are.
         specs = codec.encoded(Spec(tuple(array.shape), dtype))
@@ -80,6 +80,9 @@ def _tensors(table: Table, config: Mapping[str, Any], seed: int) -> dict[str, mx
             arrays = [mx.array(_values(rng, source, *known[source])) for source in rule.sources(key)]
             tensors |= zip(rule.targets(key), rule.op.apply(arrays), strict=True)
     for drop in table.drops:
+        for tensor in drop.inside if drop.usual else ():
+            # What a dropped module is made of is nobody's business here: the names are enough.
+            tensors[f"{drop.source}.{tensor}"] = mx.array(_values(rng, tensor, (64,), Param()))
         if drop.usual and drop.shape is not None:
             for tensor in _dropped(drop, config):
                 tensors[tensor] = mx.array(_values(rng, tensor, drop.shape, Param()))

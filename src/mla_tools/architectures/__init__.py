@@ -12,10 +12,14 @@ from mla_tools.architectures import (
     deepseek_v32,
     deepseek_v41,
     glm4_moe_lite,
+    glm_moe_dsa,
     kimi_k3,
     kimi_k25,
     kimi_linear,
     longcat_flash,
+    minicpm3,
+    mistral4,
+    youtu_llm,
 )
 from mla_tools.architectures.blocks import Family
 from mla_tools.architectures.geometry import Geometry
@@ -32,12 +36,19 @@ MODEL_TYPES: dict[str, Family] = {
     "deepseek_v32": deepseek_v32.FAMILY,
     "deepseek_v41": deepseek_v41.FAMILY,
     "glm4_moe_lite": glm4_moe_lite.FAMILY,
+    "glm_moe_dsa": glm_moe_dsa.FAMILY,
     "kimi_k2": deepseek_v3.KIMI_K2,
     "kimi_k25": kimi_k25.FAMILY,
     "kimi_k3": kimi_k3.FAMILY,
     "kimi_linear": kimi_linear.FAMILY,
     "longcat_flash": longcat_flash.FAMILY,
     "longcat_flash_ngram": longcat_flash.NGRAM,
+    "minicpm3": minicpm3.FAMILY,
+    "mistral3": mistral4.MULTIMODAL,
+    "mistral4": mistral4.FAMILY,
+    # What transformers calls the model that the hub calls youtu_llm.
+    "youtu": youtu_llm.FAMILY,
+    "youtu_llm": youtu_llm.FAMILY,
 }
 
 
@@ -47,9 +58,16 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises CheckpointError that lists the known ones.
     """
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in MODEL_TYPES:
-        return MODEL_TYPES[model_type]
     named = config.get("architectures")
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
+        family = MODEL_TYPES[model_type]
+        inner = family.numbers(config).get("model_type")
+        if family.section is None or inner in family.inside:
+            return family
+        needed = f"{model_type} with a {family.section} of model_type {' or '.join(family.inside)}"
+        raise CheckpointError(
+            [Problem("config.json", "this architecture is not known", needed, f"model_type {inner!r} there")]
+        )
     if model_type is None and isinstance(named, list):
         for family in MODEL_TYPES.values():
             if any(name in family.architectures for name in named):
@@ -66,7 +84,7 @@ def table_of(config: Mapping[str, Any]) -> tuple[Family, Table]:
     Raises CheckpointError that lists every config key that is missing or absurd.
     """
     family = family_of(config)
-    geometry = Geometry({**(family.defaults or {}), **config})
+    geometry = Geometry(family.numbers(config))
     rules, drops = family.build(geometry)
     if geometry.problems:
         raise CheckpointError(list(dict.fromkeys(geometry.problems)))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mla_tools.architectures.geometry import OPEN, Geometry, label
-from mla_tools.ops import SplitKvB, Stack
+from mla_tools.errors import Problem
+from mla_tools.ops import SplitKvB, SplitRows, Stack
 from mla_tools.quantization import QuantSpec
 from mla_tools.rules import Domain, Drop, Param, Rule
 from mla_tools.rules import name as template
@@ -21,16 +22,25 @@ __all__ = [
     "decoder_norms",
     "embeddings",
     "experts",
+    "flat_rope",
+    "fused_experts",
     "left_dense",
+    "left_out",
     "linear",
     "mla_attention",
     "mlp",
     "mtp_layers",
+    "nested_rope",
     "norm",
     "param",
+    "refusal",
+    "rope_parameters",
+    "rope_type",
     "rotary_buffers",
     "router",
+    "tied_embeddings",
     "under",
+    "wrapped",
 ]
 
 Where = Mapping[str, Domain]
@@ -39,6 +49,8 @@ Shape = tuple[int, ...]
 # The routers that mlx-lm's classes quantize at a width of their own, whatever the rest gets.
 ROUTER_SPEC = QuantSpec("affine", 8, 64)
 
+
+Config = Mapping[str, Any]
 
 # Makes the rules and drops of a family for one config.
 Builder = Callable[[Geometry], tuple[list[Rule], list[Drop]]]
@@ -52,6 +64,13 @@ class Family:
     leave out, with the value that the reference implementation uses then. `architectures` recognise a
     config without a model_type. `sample` is a config in the hub's spelling, and `float32` are the
     endings of the tensors that the hub's checkpoints store in F32.
+
+    `section` is the key of config.json under which the language model's numbers stand in a multimodal
+    config, and `inside` are the model_types that may stand there; `build`, `defaults`, `rewrite` and
+    `refuse` all see that section. `rewrite` returns the keys that the output's config must have instead,
+    because mlx-lm's class reads them differently; without it, rope_parameters
+    become rope_theta and rope_scaling. `refuse` returns what makes that class compute
+    something else than the reference implementation, whatever the weights.
     """
 
     name: str
@@ -61,6 +80,124 @@ class Family:
     defaults: Mapping[str, Any] | None = None
     architectures: tuple[str, ...] = ()
     float32: tuple[str, ...] = ("e_score_correction_bias", "inv_freq")
+    section: str | None = None
+    inside: tuple[str, ...] = ()
+    rewrite: Callable[[Config], Config] | None = None
+    refuse: Callable[[Config], list[Problem]] | None = None
+
+    def numbers(self, config: Config) -> dict[str, Any]:
+        """Return the part of a config that the table is made from, with the defaults filled in.
+
+        A null is no value where there is a default.
+        """
+        part = config.get(self.section) if self.section else config
+        defaults = self.defaults or {}
+        given = part.items() if isinstance(part, Mapping) else ()
+        return {**defaults, **{k: v for k, v in given if v is not None or k not in defaults}}
+
+    def rewritten(self, config: Config) -> dict[str, Any]:
+        """Return the config that mlx-lm's class needs; neither the dtype nor the quantization is touched."""
+        numbers = self.numbers(config)
+        numbers |= (self.rewrite or flat_rope)(numbers)
+        whole = {**config, self.section: numbers} if self.section else numbers
+        return {**whole, "model_type": self.model_type}
+
+    def refusals(self, config: Config) -> list[Problem]:
+        """Return what no conversion can make right in mlx-lm's class."""
+        return self.refuse(self.numbers(config)) if self.refuse else []
+
+
+def wrapped(
+    inner: Family,
+    model_type: str,
+    sample: Mapping[str, Any],
+    *,
+    inside: tuple[str, ...],
+    dropped: Mapping[str, str],
+    architectures: tuple[str, ...] = (),
+    spellings: tuple[tuple[str, str], ...] = (),
+) -> Family:
+    """Return the family of a multimodal config whose text_config is one of `inner`.
+
+    The tensors are those of `inner` with "language_model." before their names. `dropped` are the other
+    modules of the checkpoint, with the reason. `spellings` are further ways in which checkpoints write
+    "language_model.model." before what is in the decoder, and "language_model." before the rest.
+    """
+    prefix = "language_model"
+
+    def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+        inside_rules, inside_drops = inner.build(g)
+        rules, drops = under(prefix, inside_rules, inside_drops)
+        for model, rest in spellings:
+            rules += [
+                replace(
+                    rule,
+                    source=tuple(
+                        model + text.removeprefix("model.") if text.startswith("model.") else rest + text
+                        for text in plain.source
+                    ),
+                    alternative=True,
+                )
+                for plain, rule in zip(inside_rules, rules, strict=False)
+            ]
+            # The other modules stand beside "language_model", wherever that stands.
+            drops += left_out(dropped, model.removesuffix(f"{prefix}."), usual=False)
+        return rules, drops + left_out(dropped)
+
+    return replace(
+        inner,
+        name=model_type,
+        model_type=model_type,
+        build=build,
+        sample={**sample, "text_config": inner.sample},
+        architectures=architectures,
+        section="text_config",
+        inside=inside,
+    )
+
+
+def left_out(modules: Mapping[str, str], place: str = "", *, usual: bool = True) -> list[Drop]:
+    """Return the drops of whole modules, by name with the reason, wherever they stand."""
+    return [
+        Drop(place + name, reason, usual=usual, inside=("patch_embed.weight",))
+        for name, reason in modules.items()
+    ]
+
+
+def refusal(what: str, *, needed: str = "", found: str = "", cause: str = "") -> Problem:
+    """Return the problem of a config that mlx-lm's class would compute wrongly."""
+    return Problem("config.json", f"mlx-lm's class computes something else: {what}", needed, found, cause)
+
+
+def rope_parameters(config: Config) -> dict[str, Any]:
+    """Return rope_theta and rope_scaling in one, however a config spells them.
+
+    As transformers 5 reads both spellings: rope_scaling goes before rope_parameters, and a rope_theta
+    in either before the one beside them.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    found = dict(given) if isinstance(given, Mapping) else {}
+    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return found
+
+
+def rope_type(rope: Config) -> object:
+    """Return the kind of rope, which has an old and a new name."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def nested_rope(config: Config) -> dict[str, Any]:
+    """Return the rewritten keys for a class of mlx-lm that reads rope_parameters alone."""
+    return {"rope_parameters": rope_parameters(config)}
+
+
+def flat_rope(config: Config) -> dict[str, Any]:
+    """Return the rewritten keys for a class of mlx-lm that reads rope_theta and rope_scaling alone."""
+    if config.get("rope_parameters") is None:
+        return {}
+    found = rope_parameters(config)
+    theta = found.pop("rope_theta")
+    return {"rope_theta": theta, "rope_scaling": None if rope_type(found) == "default" else found}
 
 
 def linear(
@@ -122,6 +259,16 @@ def embeddings(g: Geometry, *, words: str = "model.embed_tokens") -> list[Rule]:
     ]
 
 
+def tied_embeddings(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    """Return the rules of the embeddings of a class that has no output head of its own where it is tied."""
+    rules = embeddings(g)
+    if not g.flag("tie_word_embeddings"):
+        return rules, []
+    shape = (g.dim("vocab_size"), g.dim("hidden_size"))
+    drop = Drop("lm_head.weight", "tied to the embedding (tie_word_embeddings)", {}, shape, usual=False)
+    return [rule for rule in rules if rule.source != ("lm_head.weight",)], [drop]
+
+
 def decoder_norms(g: Geometry, where: Where, suffix: str = "") -> list[Rule]:
     """Return the rules of the two norms of a decoder layer."""
     hidden = g.dim("hidden_size")
@@ -138,15 +285,17 @@ def mla_attention(
     *,
     split: bool = True,
     output: str = "o_proj",
+    value: int | None = None,
 ) -> list[Rule]:
     """Return the rules of multi-head latent attention.
 
     `split`: whether the class wants kv_b_proj as embed_q [h, r, n] and unembed_out [h, v, r]. `output`:
-    what the checkpoint calls the last projection.
+    what the checkpoint calls the last projection. `value` is v where the config has no v_head_dim.
     Source of the shapes: the reference modelling code; with `q_lora_rank` null there is one q_proj.
     """
     hidden, heads = g.dim("hidden_size"), g.count("num_attention_heads")
-    nope, rope, value = g.dim("qk_nope_head_dim"), g.dim("qk_rope_head_dim"), g.dim("v_head_dim")
+    nope, rope = g.dim("qk_nope_head_dim"), g.dim("qk_rope_head_dim")
+    value = value or g.dim("v_head_dim")
     rank, query_rank = g.dim("kv_lora_rank"), g.optional("q_lora_rank")
     bias = g.flag("attention_bias")
     rules = []
@@ -210,6 +359,27 @@ def experts(
             because=because,
         )
         for name, theirs, shape in zip(names, ("gate_proj", "up_proj", "down_proj"), shapes, strict=True)
+    ]
+
+
+def fused_experts(prefix: str, target: str, count: int, hidden: int, inner: int, where: Where) -> list[Rule]:
+    """Return the rules of experts that are stored as gate_up_proj [e, 2*i, h] and down_proj [e, h, i].
+
+    As transformers 5 holds them: gate before up, and no ".weight" in the names. Checkpoints that have
+    been quantized elsewhere store them one by one, which is understood as well.
+    """
+    param = Param(quantizable=True)
+    halves = (f"{target}.gate_proj.weight", f"{target}.up_proj.weight")
+    return [
+        Rule((f"{prefix}.gate_up_proj",), halves, ((count, inner * 2, hidden),), SplitRows(), where, param),
+        Rule(
+            (f"{prefix}.down_proj",),
+            (f"{target}.down_proj.weight",),
+            ((count, hidden, inner),),
+            where=where,
+            param=param,
+        ),
+        *(replace(rule, alternative=True) for rule in experts(prefix, target, count, hidden, inner, where)),
     ]
 
 

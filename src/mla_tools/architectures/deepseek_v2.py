@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.errors import Problem
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY"]
@@ -14,6 +17,22 @@ __all__ = ["FAMILY"]
 def build(geometry: Geometry) -> tuple[list[Rule], list[Drop]]:
     attention = partial(blocks.mla_attention, split=False)
     return deepseek_v3.decoder(geometry, attention, correction=False, mtp=False)
+
+
+def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rope keys; mlx-lm's class wants yarn, which is the plain rope where the factor is 1."""
+    rope = blocks.flat_rope(config)
+    if not {**config, **rope}.get("rope_scaling"):
+        rope["rope_scaling"] = {"type": "yarn", "factor": 1.0}
+    return rope
+
+
+def refuse(config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse the ropes that mlx-lm 0.32.2 would take for yarn."""
+    kind = blocks.rope_type(blocks.rope_parameters(config))
+    if kind in ("default", "yarn"):
+        return []
+    return [blocks.refusal("its rope is yarn or none", found=f"rope_type {kind!r}")]
 
 
 FAMILY = blocks.Family(
@@ -35,4 +54,6 @@ FAMILY = blocks.Family(
         "routed_scaling_factor": 1.0,
     },
     architectures=("DeepseekV2ForCausalLM",),
+    rewrite=rewrite,
+    refuse=refuse,
 )

@@ -6,22 +6,26 @@ from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.rules import Drop, Rule
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "indexer"]
 
 
-def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
-    """Return the rules of MLA with its indexer; the indexer's k_norm is a LayerNorm with a bias."""
+def indexer(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of the indexer of an attention; its k_norm is a LayerNorm with a bias."""
     prefix = "model.layers.{l}.self_attn.indexer"
     hidden, query_rank = g.dim("hidden_size"), g.dim("q_lora_rank")
     heads, size = g.count("index_n_heads"), g.dim("index_head_dim")
     return [
-        *blocks.mla_attention(g, where),
         *blocks.linear(f"{prefix}.wq_b", (heads * size, query_rank), where),
         *blocks.linear(f"{prefix}.wk", (size, hidden), where),
         blocks.norm(f"{prefix}.k_norm", size, where),
         blocks.param(f"{prefix}.k_norm.bias", (size,), where),
         *blocks.linear(f"{prefix}.weights_proj", (heads, hidden), where),
     ]
+
+
+def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of MLA with its indexer."""
+    return blocks.mla_attention(g, where) + indexer(g, where)
 
 
 def build(geometry: Geometry) -> tuple[list[Rule], list[Drop]]:

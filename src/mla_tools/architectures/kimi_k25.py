@@ -1,28 +1,29 @@
-"""Kimi K2.5: the language model is Kimi K2, under language_model; the image encoder is left out."""
+"""Kimi K2.5, K2.6 and K2.7: the language model is Kimi K2, under language_model; images are left out."""
 
 from __future__ import annotations
 
-from mla_tools.architectures import blocks, deepseek_v3, moonvit
-from mla_tools.architectures.geometry import Geometry
-from mla_tools.rules import Drop, Rule
+from dataclasses import replace
 
-__all__ = ["FAMILY"]
+from mla_tools.architectures import blocks, deepseek_v3
 
+__all__ = ["FAMILY", "IMAGES"]
 
-def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
-    rules, drops = blocks.under("language_model", *deepseek_v3.decoder(g.section("text_config")))
-    return rules, drops + moonvit.drops()
+# The modules beside the language model, also those of Kimi K3.
+IMAGES = {
+    "vision_tower": "image encoder, not part of the language model",
+    "mm_projector": "image projector, not part of the language model",
+}
 
-
-FAMILY = blocks.Family(
+FAMILY = blocks.wrapped(
+    # K2.5 stores no rotary buffers, unlike K2.
+    replace(deepseek_v3.KIMI_K2, build=deepseek_v3.decoder),
     "kimi_k25",
-    "kimi_k25",
-    build,
     {
         "model_type": "kimi_k25",
         "architectures": ["KimiK25ForConditionalGeneration"],
         "torch_dtype": "bfloat16",
-        "text_config": {k: v for k, v in deepseek_v3.KIMI_K2.sample.items() if k != "torch_dtype"},
     },
+    inside=("kimi_k2", "deepseek_v3"),
+    dropped=IMAGES,
     architectures=("KimiK25ForConditionalGeneration",),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mla_tools.architectures import blocks, kimi_linear, moonvit
+from mla_tools.architectures import blocks, kimi_k25, kimi_linear
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.ops import ConcatRows, DropPadding, Op, Same
 from mla_tools.rules import Domain, Drop, Param, Rule
@@ -124,7 +124,7 @@ def decoder(g: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     rules, drops = blocks.under("language_model", *decoder(g.section("text_config")))
-    return rules, drops + moonvit.drops()
+    return rules, drops + blocks.left_out(kimi_k25.IMAGES)
 
 
 FAMILY = blocks.Family(

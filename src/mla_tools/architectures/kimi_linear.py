@@ -50,7 +50,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
     count, where = g.count("num_experts", least=0), {"l": sparse}
 
-    rules = [rule for rule in blocks.embeddings(g) if not _is_tied_head(g, rule)]
+    rules, tied = blocks.tied_embeddings(g)
     rules += blocks.decoder_norms(g, {"l": layers})
     rules += delta_attention(g, {"l": kda}) if kda else []
     rules += blocks.mla_attention(g, {"l": frozenset(layers) - kda})
@@ -69,19 +69,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
             rules += blocks.mlp(
                 f"{theirs}.shared_experts", hidden, inner * shared, where, f"{ours}.shared_experts"
             )
-    drops = blocks.rotary_buffers(g, usual=False)
-    if _tied(g):
-        shape = (g.dim("vocab_size"), hidden)
-        drops.append(Drop("lm_head.weight", "tied to the embedding (tie_word_embeddings)", {}, shape))
-    return rules, drops
-
-
-def _tied(g: Geometry) -> bool:
-    return g.flag("tie_word_embeddings")
-
-
-def _is_tied_head(g: Geometry, rule: Rule) -> bool:
-    return _tied(g) and rule.source == ("lm_head.weight",)
+    return rules, tied + blocks.rotary_buffers(g, usual=False)
 
 
 FAMILY = blocks.Family(

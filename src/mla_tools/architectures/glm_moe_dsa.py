@@ -1,0 +1,92 @@
+"""GLM-5: DeepSeek V3.2 in which layers may take over the choice of keys that an earlier layer made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mla_tools.architectures import blocks, deepseek_v3, deepseek_v32
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.errors import Problem, fold_indices
+from mla_tools.rules import Drop, Rule
+
+__all__ = ["FAMILY"]
+
+
+def sharing_layers(config: Mapping[str, Any], layers: range) -> frozenset[int]:
+    """Return the layers that have no indexer and use the keys that the last layer with one has chosen.
+
+    Source: GlmMoeDsaConfig in transformers. `indexer_types` says it layer by layer, else
+    `index_topk_pattern` ("F" and "S"), else every `index_topk_freq`-th layer has an indexer, counted from
+    `index_skip_topk_offset` - 1. GLM-5 has none of these keys, and an indexer in each layer.
+    """
+    types = config.get("indexer_types")
+    if types is None:
+        types = config.get("index_topk_pattern")
+    if isinstance(types, list | str):
+        return frozenset(layer for layer, word in zip(layers, types, strict=False) if word in ("shared", "S"))
+    every, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
+    if not (isinstance(every, int) and isinstance(offset, int)) or every < 1:
+        return frozenset()
+    return frozenset(layer for layer in layers if max(layer - offset + 1, 0) % every)
+
+
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    shared = sharing_layers(g.config, g.layers())
+
+    def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
+        own = {"l": frozenset(where["l"]) - shared}
+        return blocks.mla_attention(g, where) + deepseek_v32.indexer(g, own)
+
+    rules, drops = deepseek_v3.decoder(g, attention)
+    # The MTP layer of GLM-5 has no copies of the embedding and the output head.
+    copies = ("embed_tokens.weight", "shared_head.head.weight")
+    return rules, [replace(drop, usual=False) if drop.source.endswith(copies) else drop for drop in drops]
+
+
+def refuse(config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse shared choices: mlx-lm 0.32.2 has an indexer in each layer, which would choose for itself."""
+    shared = sharing_layers(config, Geometry(config).layers())
+    if not shared:
+        return []
+    return [
+        blocks.refusal(
+            "it lets each layer choose its keys",
+            needed="an indexer in each layer",
+            found=f"layers {fold_indices(shared)} use the keys that an earlier layer has chosen",
+            cause="What they would choose themselves is not the same, so that no indexer can be written for"
+            " them. This needs an mlx-lm whose glm_moe_dsa reads indexer_types.",
+        )
+    ]
+
+
+FAMILY = blocks.Family(
+    "glm_moe_dsa",
+    "glm_moe_dsa",
+    build,
+    {
+        **{k: v for k, v in deepseek_v3.SAMPLE.items() if k not in ("rope_theta", "rope_scaling")},
+        "model_type": "glm_moe_dsa",
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "n_group": 1,
+        "v_head_dim": 128,
+        "index_head_dim": 64,
+        "index_n_heads": 4,
+        "index_topk": 2048,
+        "indexer_rope_interleave": True,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    },
+    # mlx-lm's ModelArgs asks for these keys, which transformers does without.
+    defaults={
+        "attention_bias": False,
+        "first_k_dense_replace": 3,
+        "moe_layer_freq": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    },
+    architectures=("GlmMoeDsaForCausalLM",),
+    rewrite=blocks.nested_rope,
+    refuse=refuse,
+)

@@ -1,0 +1,116 @@
+"""MiniCPM3: MLA in a dense decoder whose embeddings, residuals and logits are scaled.
+
+mlx-lm's class scales the logits only where the output head is a module of its own. A tied embedding is
+therefore written twice, once as the head, and the output's config says that nothing is tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mla_tools.architectures import blocks, youtu_llm
+from mla_tools.architectures.geometry import Geometry, Num
+from mla_tools.errors import Problem
+from mla_tools.ops import Copies
+from mla_tools.rules import Drop, Param, Rule
+
+__all__ = ["FAMILY"]
+
+
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    rules, tied = blocks.tied_embeddings(g)
+    if tied:
+        words = "model.embed_tokens.weight"
+        shape = (g.dim("vocab_size"), g.dim("hidden_size"))
+        rules = [rule for rule in rules if rule.source != (words,)]
+        both = (words, "lm_head.weight")
+        rules.append(Rule((words,), both, (shape,), Copies(), param=Param(quantizable=True)))
+    return rules + youtu_llm.dense_decoder(g, _value(g)), tied + blocks.rotary_buffers(g, usual=False)
+
+
+def _value(g: Geometry) -> Num:
+    """Return the size of a value head, for which no config has a key; mlx-lm's class knows none."""
+    return g.dim("hidden_size") // g.dim("num_attention_heads")
+
+
+def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys with which mlx-lm's class gives the reference's numbers.
+
+    It knows no rope but longrope, whose frequencies are the plain ones where all factors are 1, and takes
+    4096 where original_max_position_embeddings is missing.
+    """
+    rope = blocks.rope_parameters(config)
+    theta = rope.pop("rope_theta")
+    if blocks.rope_type(rope) == "default":
+        rope = {"rope_type": "longrope", "short_factor": 1.0, "long_factor": 1.0}
+    rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return {"rope_theta": theta, "rope_scaling": rope, "tie_word_embeddings": False}
+
+
+def refuse(config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse what mlx-lm 0.32.2 takes for something else."""
+    problems = []
+    rope = blocks.rope_parameters(config)
+    kind = blocks.rope_type(rope)
+    if kind not in ("default", "longrope"):
+        problems.append(blocks.refusal("its rope is longrope or none", found=f"rope_type {kind!r}"))
+    elif rope.get("short_factor") != rope.get("long_factor"):
+        problems.append(
+            blocks.refusal(
+                "it takes long_factor for texts of every length",
+                needed="equal short_factor and long_factor in rope_scaling",
+                found="different ones",
+                cause="Set both to the one that fits the length of your texts.",
+            )
+        )
+    trained, longest = rope.get("original_max_position_embeddings"), config.get("max_position_embeddings")
+    for key in ("factor", "attention_factor"):
+        # Where no text is longer than those of the training, both are 1 in either implementation.
+        if rope.get(key) is not None and not (rope[key] == 1 and trained == longest):
+            problems.append(blocks.refusal(f"it ignores {key}", found=f"{key} {rope[key]} in rope_scaling"))
+    size = _value(Geometry(config))
+    if config.get("v_head_dim") not in (None, size):
+        problems.append(
+            blocks.refusal(
+                "it derives the size of the value heads",
+                needed=f"v_head_dim {size} (hidden_size / num_attention_heads)",
+                found=f"v_head_dim {config['v_head_dim']}",
+            )
+        )
+    return problems
+
+
+FAMILY = blocks.Family(
+    "minicpm3",
+    "minicpm3",
+    build,
+    {
+        **{key: value for key, value in youtu_llm.FAMILY.sample.items() if key != "v_head_dim"},
+        "model_type": "minicpm3",
+        "architectures": ["MiniCPM3ForCausalLM"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + n / 16 for n in range(16)],
+            "long_factor": [1.0 + n / 16 for n in range(16)],
+            "original_max_position_embeddings": 4096,
+        },
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+    },
+    # What the reference takes where the keys are missing, as in MiniCPM3-4B; mlx-lm takes other values
+    # for the first two and asks for the others.
+    defaults={
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+    },
+    architectures=("MiniCPM3ForCausalLM",),
+    rewrite=rewrite,
+    refuse=refuse,
+)

@@ -1,0 +1,93 @@
+"""Mistral Small 4: the decoder of DeepSeek V3 with fused experts and a softmax router.
+
+On the hub it is the language model of a mistral3 config, beside a vision tower.
+"""
+
+from __future__ import annotations
+
+from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.rules import Drop, Rule
+
+__all__ = ["FAMILY", "MULTIMODAL"]
+
+
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    hidden, inner = g.dim("hidden_size"), g.dim("moe_intermediate_size")
+    dense, sparse = g.moe_layers()
+    layers, moe = {"l": g.layers()}, {"l": sparse}
+    mlp = "model.layers.{l}.mlp"
+    rules, tied = blocks.tied_embeddings(g)
+    rules += blocks.decoder_norms(g, layers) + blocks.mla_attention(g, layers)
+    rules += blocks.mlp(mlp, hidden, g.dim("intermediate_size"), {"l": dense})
+    if sparse:
+        count, shared = g.dim("n_routed_experts"), g.optional("n_shared_experts")
+        rules += blocks.linear(f"{mlp}.gate", (count, hidden), moe)
+        rules += blocks.fused_experts(f"{mlp}.experts", f"{mlp}.switch_mlp", count, hidden, inner, moe)
+        if shared:
+            rules += blocks.mlp(f"{mlp}.shared_experts", hidden, inner * shared, moe)
+    return rules, tied + blocks.rotary_buffers(g, usual=False)
+
+
+_ROPE = {
+    "type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 128.0,
+    "original_max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+FAMILY = blocks.Family(
+    "mistral4",
+    "mistral4",
+    build,
+    {
+        **{
+            key: value
+            for key, value in deepseek_v3.SAMPLE.items()
+            if not key.startswith(("rope_", "topk_method", "scoring_", "num_nextn", "moe_layer_freq"))
+        },
+        "model_type": "mistral4",
+        "architectures": ["Mistral4ForCausalLM"],
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "routed_scaling_factor": 1.0,
+        "rope_interleave": True,
+        "rope_parameters": {**_ROPE, "factor": 4.0, "original_max_position_embeddings": 1024},
+    },
+    # transformers has defaults for these; mlx-lm's ModelArgs asks for them.
+    defaults={
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": _ROPE,
+    },
+    architectures=("Mistral4ForCausalLM",),
+    float32=(),
+    rewrite=blocks.nested_rope,
+)
+MULTIMODAL = blocks.wrapped(
+    FAMILY,
+    "mistral3",
+    {
+        "model_type": "mistral3",
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "image_token_index": 10,
+        "vision_config": {"model_type": "pixtral", "hidden_size": 64, "num_hidden_layers": 1},
+        "torch_dtype": "bfloat16",
+    },
+    inside=("mistral4",),
+    # Under the names of the files on the hub, and under those of transformers 5 in memory.
+    spellings=(("model.language_model.", ""),),
+    dropped={
+        "vision_tower": "image encoder, not part of the language model",
+        "multi_modal_projector": "image projector, not part of the language model",
+    },
+)
