@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mla_tools.encoders import encode_mxfp4, encode_nvfp4
 from mla_tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ _DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4,
 _RECIPE_BITS = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
 RECIPES = tuple(_RECIPE_BITS)
+
+# The modes for which MLX has a kernel on a GPU and none on a CPU.
+_CPU_ENCODERS = {"mxfp4": encode_mxfp4, "nvfp4": encode_nvfp4}
 
 # MLX packs codes without gaps into words of this many bits.
 _WORD_BITS = 32
@@ -163,6 +167,10 @@ def quantize(array: mx.array, spec: QuantSpec) -> dict[str, mx.array]:
     """
     import mlx.core as mx
 
+    encode = _CPU_ENCODERS.get(spec.mode)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if encode and on_cpu and array.ndim > 1 and array.dtype in (mx.bfloat16, mx.float16, mx.float32):
+        return encode(array)
     parts = mx.quantize(array, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
     return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
