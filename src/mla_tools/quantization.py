@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mla_tools.encoders import encode_mxfp4, encode_nvfp4
 from mla_tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ _MLA_PARTS = frozenset(
 _MLA_BITS = 8
 
 RECIPES = (*_RECIPE_BITS, *(_MLA + recipe for recipe in _RECIPE_BITS))
+
+# The modes for which MLX has a kernel on a GPU and none on a CPU.
+_CPU_ENCODERS = {"mxfp4": encode_mxfp4, "nvfp4": encode_nvfp4}
 
 # MLX packs codes without gaps into words of this many bits.
 _WORD_BITS = 32
@@ -173,6 +177,10 @@ def quantize(array: mx.array, spec: QuantSpec) -> dict[str, mx.array]:
     """
     import mlx.core as mx
 
+    encode = _CPU_ENCODERS.get(spec.mode)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if encode and on_cpu and array.ndim > 1 and array.dtype in (mx.bfloat16, mx.float16, mx.float32):
+        return encode(array)
     parts = mx.quantize(array, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
     return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
