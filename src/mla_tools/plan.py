@@ -55,8 +55,8 @@ __all__ = [
 SLAB_ELEMENTS = 8 << 20
 
 # Bytes of working memory that MLX's CPU encoders take for each element, measured as the growth of
-# mx.get_peak_memory: those of the 4-bit float modes compare each value with all code points.
-_SCRATCH = {"affine": 0, "mxfp8": 8, "mxfp4": 72, "nvfp4": 144}
+# mx.get_peak_memory.
+_SCRATCH = {"affine": 0, "mxfp8": 8, "mxfp4": 4, "nvfp4": 4}
 
 # Output files are filled up to this, as mlx-lm does it.
 SHARD_BYTES = 5 << 30
