@@ -52,6 +52,7 @@ __all__ = [
     "Storage",
     "checkpoint",
     "decoded",
+    "hub_logits",
     "make_checkpoint",
     "mlx_logits",
     "model_type",
@@ -985,11 +986,11 @@ def truth(folder: Path | str, cast: str | None = None) -> Logits:
     stored: Tensors = {}
     for file in sorted(folder.glob("model*.safetensors")):
         stored |= load_file(file)
-    return _hub_logits(decoded(stored), config, cast)
+    return hub_logits(decoded(stored), config, cast)
 
 
-def _hub_logits(hub: Tensors, config: Mapping[str, Any], cast: str | None) -> Logits:
-    """`truth` of decoded tensors."""
+def hub_logits(hub: Tensors, config: Mapping[str, Any], cast: str | None) -> Logits:
+    """The logits of decoded tensors under the hub's names, as `truth` computes them."""
     if cast is not None:
         dtype, kept = getattr(torch, cast), KEPT[model_type(config)]
         hub = {

@@ -28,7 +28,7 @@ PICTURE: dict[str, set[str]] = {
         "verify",
     },
     "report": {"files", "plan", "rules"},
-    "sanitize": {"execute", "ops", "plan", "spec"},
+    "sanitize": {"architectures", "execute", "ops", "plan", "spec"},
     "execute": {"codecs", "files", "ops", "plan", "spec"},
     "plan": {"architectures", "codecs", "files", "ops", "quantization", "rules", "spec"},
     "sample": {"architectures", "codecs", "files", "rules", "spec"},

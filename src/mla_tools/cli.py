@@ -182,14 +182,14 @@ def options_of(args: argparse.Namespace) -> Options:
         recipe = _read_recipe(Path(args.recipe))
         if "quantize" in recipe and spec is None:
             spec = QuantSpec.parse(str(recipe["quantize"]))
-        embed_q = embed_q or recipe.get("embed_q")
+        embed_q = recipe.get("embed_q") if embed_q is None else embed_q
         overrides = [*_recipe_overrides(recipe), *overrides]
     return Options(
         quantize=spec,
         recipe=args.quant_predicate,
         dtype=_DTYPES[args.dtype] if args.dtype else None,
         dequantize=args.dequantize,
-        embed_q=_embed_q(str(embed_q or _EMBED_Q)),
+        embed_q=_embed_q(_EMBED_Q if embed_q is None else str(embed_q)),
         overrides=tuple(overrides),
     )
 

@@ -341,6 +341,14 @@ def _claimed(
             made.problems.append(Problem(module, "its stored tensors do not fit together", found=answer))
             continue
         for leaf, reason in answer.unread.items():
+            unread = table.lookup(prefix + leaf)
+            if unread is not None and table.rule(unread) is None:
+                # Whatever it is, it is left out.
+                plain = Source(
+                    prefix + leaf, leaves[leaf], Dense(leaves[leaf].dtype), {"weight": prefix + leaf}
+                )
+                found.append((plain, unread))
+                continue
             there = str(leaves[leaf])
             made.problems.append(Problem(prefix + leaf, "cannot be read", found=there, cause=reason))
         for leaf, reason in answer.drops.items():
@@ -416,7 +424,8 @@ def _choose(
     if dtype.kind == "float" and param.cast and options.dtype is not None:
         dtype = options.dtype
     wanted: QuantSpec | None = None
-    kept = source.kept if param.quantizable and not options.dequantize else None
+    keeps = param.quantizable and not param.dense and not options.dequantize
+    kept = source.kept if keeps else None
     override = options.overriding(short(name)) if param.quantizable else None
     if override is not None:
         made.overridden.add(override[0])

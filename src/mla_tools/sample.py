@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_tools.architectures import MODEL_TYPES, Family, table_of
+from mla_tools.architectures import MODEL_TYPES, Family, family_of, table_of
 from mla_tools.architectures.geometry import OPEN
 from mla_tools.codecs import FORMATS, Codec, Dense, part_name
 from mla_tools.errors import MlaToolsError, UsageError
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
 
-__all__ = ["FORMATS", "write_sample", "write_tokenizer"]
+__all__ = ["FORMATS", "format_of", "write_checkpoint", "write_sample", "write_tokenizer"]
 
 # What quantized checkpoints leave in floats, by the ending of the module's name.
 # Source: the header listings of DeepSeek V3 and V3.2.
 _NEVER_QUANTIZED = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", ".gate")
+
+# The modules beside a language model, which nobody quantizes either.
+_BESIDE = ("vision_tower.", "multi_modal_projector.", "mm_projector.")
+
+_TORCH_DTYPES = {DType.F16: "float16", DType.F32: "float32"}
 
 _EOS = "<|end|>"
 
@@ -40,8 +45,6 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
     The same arguments give the same bytes. Raises UsageError for an unknown family or format, and
     MlaToolsError if the folder exists.
     """
-    import mlx.core as mx
-
     if family not in MODEL_TYPES:
         raise UsageError(f"{family}: no such family; known are {', '.join(MODEL_TYPES)}")
     if fmt not in FORMATS:
@@ -50,20 +53,33 @@ def write_sample(family: str, folder: Path, fmt: str = "bf16", *, seed: int = 0,
         raise MlaToolsError(f"{folder} already exists; a sample is written to a new folder.")
     config = dict(MODEL_TYPES[family].sample)
     found, table = table_of(config)
+    write_checkpoint(folder, config, _tensors(table, found.numbers(config), seed), fmt, shards=shards)
+
+
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, mx.array], fmt: str, *, shards: int = 2
+) -> None:
+    """Write tensors under the hub's names as a checkpoint in a format, with a tokenizer.
+
+    `tensors` are float32; `config` is in the hub's spelling and gets the section of the format.
+    """
+    import mlx.core as mx
+
+    family = family_of(config)
     sample = FORMATS[fmt]
     stored: dict[str, tuple[Spec, mx.array]] = {}
-    for tensor, array in _tensors(table, found.numbers(config), seed).items():
-        codec, dtype = _format(tensor, array, found, fmt)
+    for tensor, array in tensors.items():
+        codec, dtype = format_of(tensor, tuple(array.shape), family, fmt)
         # MLX has no 8-bit floats, so only the codec knows what its bytes are.
         specs = codec.encoded(Spec(tuple(array.shape), dtype))
         for part, value in codec.encode(array.astype(getattr(mx, dtype.mlx))).items():
             stored[part_name(tensor, part)] = specs[part], value
+    written = {**config, "torch_dtype": _TORCH_DTYPES.get(sample.dtype, "bfloat16")}
     if sample.section is not None:
-        config["quantization_config"] = dict(sample.section)
-    config["torch_dtype"] = {"F16": "float16", "F32": "float32"}.get(sample.dtype.name, "bfloat16")
+        written["quantization_config"] = dict(sample.section)
     folder.mkdir(parents=True)
     _write_shards(folder, stored, shards)
-    _write_json(folder / "config.json", config)
+    _write_json(folder / "config.json", written)
     write_tokenizer(folder)
 
 
@@ -120,17 +136,18 @@ def _values(
     return values / np.float32(math.sqrt(shape[-1]))
 
 
-def _format(tensor: str, array: mx.array, family: Family, fmt: str) -> tuple[Codec, DType]:
+def format_of(tensor: str, shape: tuple[int, ...], family: Family, fmt: str) -> tuple[Codec, DType]:
     """Return how a tensor is stored in the real checkpoints of a format, and its float dtype."""
     sample = FORMATS[fmt]
     codec, dtype = sample.codec, sample.dtype
     module = tensor.removesuffix(".weight")
-    if codec.quantized and (module == tensor or array.ndim != 2 or module.endswith(_NEVER_QUANTIZED)):
+    never = module == tensor or len(shape) != 2 or module.endswith(_NEVER_QUANTIZED)
+    if codec.quantized and (never or module.startswith(_BESIDE)):
         codec = Dense(dtype)
     if tensor.endswith(family.float32):
         return Dense(DType.F32), DType.F32
     try:
-        codec.encoded(Spec(tuple(array.shape), dtype))
+        codec.encoded(Spec(shape, dtype))
     except ValueError:
         # Groups or words do not divide it, so it stays dense.
         codec = Dense(dtype)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from mla_tools.architectures import Family
 from mla_tools.errors import CheckpointError, Problem
 from mla_tools.execute import transform
 from mla_tools.ops import Block, Slab
@@ -52,7 +53,15 @@ def sanitize(
             for part, array in parts.items():
                 name = target.parts[part]
                 result[name] = array.reshape(target.stored()[name].shape)
+    if _is_untied(made.family, keys):
+        result = {name: array for name, array in result.items() if not name.startswith("lm_head.")}
     return result
+
+
+def _is_untied(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether `convert` writes an output head that the class of this config, being tied, has no place for."""
+    tied = "tie_word_embeddings"
+    return bool(family.numbers(config).get(tied)) and not family.rewritten(config).get(tied)
 
 
 def _whole(step: Step, weights: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:

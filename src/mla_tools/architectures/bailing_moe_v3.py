@@ -16,7 +16,7 @@ def gated_mla(g: Geometry, where: blocks.Where) -> list[Rule]:
     """Return the rules of MLA with one gate per head, of which mlx-lm quantizes the output alone."""
     rules = blocks.mla_attention(g, where, _ATTENTION, output="dense")
     rules += blocks.linear(
-        f"{_ATTENTION}.g_proj", (g.dim("num_attention_heads"), g.dim("hidden_size")), where
+        f"{_ATTENTION}.g_proj", (g.count("num_attention_heads"), g.dim("hidden_size")), where
     )
     inputs = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "embed_q", "g_proj")
     return blocks.left_dense(rules, *inputs)
@@ -24,7 +24,7 @@ def gated_mla(g: Geometry, where: blocks.Where) -> list[Rule]:
 
 def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
     """Return the rules of a KDA layer with gates of full rank; its convolutions are [c, 1, k] in torch."""
-    heads, size, hidden = g.dim("num_attention_heads"), g.dim("head_dim"), g.dim("hidden_size")
+    heads, size, hidden = g.count("num_attention_heads"), g.dim("head_dim"), g.dim("hidden_size")
     inner, kernel = heads * size, g.dim("short_conv_kernel_size", 4)
     rules = []
     for name in ("q", "k", "v"):
@@ -44,7 +44,7 @@ def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
 
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
-    group, count = g.dim("layer_group_size"), g.dim("num_experts")
+    group, count = g.dim("layer_group_size"), g.count("num_experts")
     # The last layer of each group is MLA, and so are layers after the last whole group.
     kda = frozenset(n for n in layers if (n + 1) % group and n < layers.stop // group * group)
     mla = frozenset(layers) - kda
@@ -52,7 +52,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     mlp, gate = "model.layers.{l}.mlp", "model.layers.{l}.mlp.gate"
     where = {"l": sparse}
 
-    shared = g.dim("moe_shared_expert_intermediate_size", 512) * g.dim("num_shared_experts", 1)
+    shared = g.dim("moe_shared_expert_intermediate_size", 512) * g.count("num_shared_experts", 1)
     moe = [
         *blocks.router(gate, count, hidden, where, correction=False),
         blocks.param(f"{gate}.expert_bias", (count,), where),

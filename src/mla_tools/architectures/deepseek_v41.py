@@ -30,7 +30,7 @@ def gain(theirs: str, ours: str, size: int, where: blocks.Where) -> Rule:
 
 def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
     """Return the rules of what every layer has of the attention; o_a is block diagonal over the groups."""
-    hidden, heads, size = g.dim("hidden_size"), g.dim("num_attention_heads"), g.dim("head_dim")
+    hidden, heads, size = g.dim("hidden_size"), g.count("num_attention_heads"), g.dim("head_dim")
     rank, groups, inner = g.dim("q_lora_rank"), g.dim("o_groups"), g.dim("o_lora_rank")
     theirs, ours = f"{_THEIRS}.attn", f"{_OURS}.self_attn"
     return [
@@ -55,7 +55,7 @@ def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
 def compression(g: Geometry, layers: range) -> list[Rule]:
     """Return the rules of the layers that compress the latent, and of those that choose among it."""
     hidden, size, rank = g.dim("hidden_size"), g.dim("head_dim"), g.dim("q_lora_rank")
-    heads, width = g.dim("index_n_heads"), g.dim("index_head_dim")
+    heads, width = g.count("index_n_heads"), g.dim("index_head_dim")
     theirs, ours = f"{_THEIRS}.attn", f"{_OURS}.self_attn"
     # A ratio for each layer, and maybe for MTP layers after them.
     ratios = g.config.get("compress_ratios")
@@ -90,7 +90,7 @@ def compression(g: Geometry, layers: range) -> list[Rule]:
 
 def mixture(g: Geometry, where: blocks.Where) -> list[Rule]:
     """Return the rules of the experts, all of one size, the shared one too."""
-    hidden, inner, count = g.dim("hidden_size"), g.dim("moe_intermediate_size"), g.dim("n_routed_experts")
+    hidden, inner, count = g.dim("hidden_size"), g.dim("moe_intermediate_size"), g.count("n_routed_experts")
     theirs, ours = f"{_THEIRS}.ffn", f"{_OURS}.mlp"
     shared = (("w1", "gate_proj", (inner, hidden)), ("w3", "up_proj", (inner, hidden)))
     rules = [
@@ -132,7 +132,7 @@ def connections(g: Geometry, where: blocks.Where) -> list[Rule]:
 
 def left_out(g: Geometry, layers: range) -> list[Drop]:
     """Return the drops of what mlx-lm's class cannot run: image encoder, engram memory, MTP layers."""
-    count = g.dim("n_routed_experts")
+    count = g.count("n_routed_experts")
     image = "for images, and mlx-lm's class is the text model alone"
     engram = "engram memory, which mlx-lm's class cannot run"
     mtp = "multi-token prediction, which mlx-lm's class does not run (mtp)"

@@ -60,7 +60,7 @@ def residual(name: str, hidden: int, where: blocks.Where) -> list[Rule]:
 
 def latent_moe(g: Geometry, layers: Domain) -> list[Rule]:
     """Return the rules of a mixture of experts that work on `routed_expert_hidden_size` numbers."""
-    hidden, inner, count = g.dim("hidden_size"), g.dim("moe_intermediate_size"), g.dim("num_experts")
+    hidden, inner, count = g.dim("hidden_size"), g.dim("moe_intermediate_size"), g.count("num_experts")
     theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
     latent, shared = g.optional("routed_expert_hidden_size"), g.optional("num_shared_experts")
     where = {"l": layers}
@@ -107,7 +107,7 @@ def decoder(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     rules += delta_attention(g, {"l": kda}) if kda else []
     rules += blocks.mla_attention(g, mla)
     if g.flag("mla_use_output_gate"):
-        width = g.dim("num_attention_heads") * g.dim("v_head_dim")
+        width = g.count("num_attention_heads") * g.dim("v_head_dim")
         rules += blocks.linear(f"{_ATTENTION}.g_proj", (width, hidden), mla)
     rules += blocks.mlp("model.layers.{l}.mlp", hidden, g.dim("intermediate_size"), {"l": dense})
     rules += latent_moe(g, sparse) if sparse else []

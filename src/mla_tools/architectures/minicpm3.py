@@ -31,7 +31,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 def _value(g: Geometry) -> Num:
     """Return the size of a value head, for which no config has a key; mlx-lm's class knows none."""
-    return g.dim("hidden_size") // g.dim("num_attention_heads")
+    return g.dim("hidden_size") // g.count("num_attention_heads")
 
 
 def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:

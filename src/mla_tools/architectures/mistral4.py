@@ -21,7 +21,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     rules += blocks.decoder_norms(g, layers) + blocks.mla_attention(g, layers)
     rules += blocks.mlp(mlp, hidden, g.dim("intermediate_size"), {"l": dense})
     if sparse:
-        count, shared = g.dim("n_routed_experts"), g.optional("n_shared_experts")
+        count, shared = g.count("n_routed_experts"), g.optional("n_shared_experts")
         rules += blocks.linear(f"{mlp}.gate", (count, hidden), moe)
         rules += blocks.fused_experts(f"{mlp}.experts", f"{mlp}.switch_mlp", count, hidden, inner, moe)
         if shared:
