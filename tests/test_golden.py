@@ -46,6 +46,7 @@ def test_the_families_with_a_listing() -> None:
         "deepseek_v32",
         "glm4_moe_lite",
         "kimi_k2",
+        "kimi_k25",
         "kimi_linear",
         "longcat_flash",
     }

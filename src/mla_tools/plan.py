@@ -7,9 +7,11 @@ and tells everything that is wrong with a checkpoint in one go, before a byte is
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -262,9 +264,32 @@ def make_steps(
     that some of them could not even be named, so that missing tensors are no news. Raises
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
+    with _no_collector():
+        return _make_steps(stored, config, options, lost or {}, blind)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Keep the garbage collector still: hundreds of thousands of small objects are made here, all of
+    which live, and walking them again and again takes as long as making them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _make_steps(
+    stored: Mapping[str, Spec],
+    config: Mapping[str, Any],
+    options: Options,
+    lost: Mapping[str, str],
+    blind: bool,
+) -> Steps:
     family, table = table_of(config)
     made = Steps(family, [], [], family.refusals(config), [], {}, set(), set())
-    lost = lost or {}
     inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
     for source, match in _claimed(stored, config, table, made):
         if match is None:
@@ -396,11 +421,12 @@ def _step(
     if rule.is_done(sources[0].spec.shape):
         rule = replace(rule, op=Same())
     specs = rule.op.infer([source.spec for source in sources])
+    forms = {source.codec for source in sources}
     targets = []
     for output, (name, spec) in enumerate(zip(rule.targets(key), specs, strict=True)):
         codec, dtype = _choose(name, spec, rule, output, sources, table, options, made)
         moved = rule.op.keeps_last_axis(output) and all(
-            source.codec.quantized and repacking(source.codec, codec) is not None for source in sources
+            form.quantized and repacking(form, codec) is not None for form in forms
         )
         parts = {part: part_name(name, part) for part in codec.encoded(spec)}
         exactness = _exactness(sources, codec, dtype, moved)
@@ -711,14 +737,18 @@ def _source_default(old: object, made: Steps) -> QuantSpec:
     return counted.most_common(1)[0][0]
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
-    lines = [f"{key}: removed" for key in sorted(old.keys() - new.keys())]
-    lines += [f"{key}: added, {_brief(new[key])}" for key in sorted(new.keys() - old.keys())]
-    lines += [
-        f"{key}: {_brief(old[key])} -> {_brief(new[key])}"
-        for key in sorted(old.keys() & new.keys())
-        if old[key] != new[key]
-    ]
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> tuple[str, ...]:
+    """Return a line for each key that differs; of an object with further objects, for each of its keys."""
+    lines = [f"{place}{key}: removed" for key in sorted(old.keys() - new.keys())]
+    lines += [f"{place}{key}: added, {_brief(new[key])}" for key in sorted(new.keys() - old.keys())]
+    for key in sorted(old.keys() & new.keys()):
+        before, after = old[key], new[key]
+        if before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping) and "model_type" in after:
+            lines += _changes(before, after, f"{place}{key}.")
+        else:
+            lines.append(f"{place}{key}: {_brief(before)} -> {_brief(after)}")
     return tuple(lines)
 
 

@@ -135,6 +135,8 @@ def _drop_lines(plan: Plan) -> list[str]:
         folded = fold_names(sorted(names))
         if len(folded) > _MAX_DROP_LINES:
             layers = Counter(_layer(name) for name in names)
+            if len(layers) > _MAX_DROP_LINES:
+                layers = Counter(name.partition(".")[0] for name in names)
             folded = [f"{count:,} under {layer}" for layer, count in sorted(layers.items())]
         lines += [f"    {line}" for line in folded]
     return lines
