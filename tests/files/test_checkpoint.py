@@ -261,3 +261,13 @@ def test_companions_are_everything_but_weights(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert [path.name for path in checkpoint.companions] == sorted([*wanted, "linked.json"])
     assert checkpoint.notes == ("vocab.json is a link to a file that is gone, not copied",)
+
+
+def test_sections_on_the_old_quantization_are_not_copied(folder: Path) -> None:
+    # mlx-lm reads hf_quant_config.json where config.json has no section of its own.
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    checkpoint = open_checkpoint(folder)
+    assert "hf_quant_config.json" not in {path.name for path in checkpoint.companions}
+    assert (
+        "hf_quant_config.json describes the quantization that the checkpoint came with" in checkpoint.notes[0]
+    )

@@ -29,6 +29,9 @@ SUFFIX = ".safetensors"
 _MAX_CONFIG = 16 << 20
 _MAX_INDEX = 64 << 20
 _COMPANIONS = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
+
+# Sections on quantization beside config.json: mlx-lm reads the first for the output's own.
+_OTHER_FORMATS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SET = re.compile(r"(.*)-(\d{1,18})-of-(\d{1,18})\.safetensors", re.DOTALL)
 
@@ -341,6 +344,11 @@ def _companions(folder: Path, names: Iterable[str], notes: list[str]) -> tuple[P
     for name in names:
         wanted = any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)
         if not wanted or name == CONFIG or name.endswith(".index.json"):
+            continue
+        if name in _OTHER_FORMATS:
+            notes.append(
+                f"{shown(name)} describes the quantization that the checkpoint came with, not copied"
+            )
             continue
         path = folder / name
         if path.is_file():
