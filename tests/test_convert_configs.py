@@ -152,7 +152,7 @@ def test_a_copied_indexer_does_not_choose_what_the_shared_one_chose(
     for name in [name for name in hub if name.startswith(first)]:
         for layer in (1, 2):
             hub[name.replace("layers.0", f"layers.{layer}")] = hub[name]
-    copied = reference._hub_logits(hub, without(config, "index_topk_pattern"), None)
+    copied = reference.hub_logits(hub, without(config, "index_topk_pattern"), None)
     assert max(relative_error(copied, wanted)) > 1e-2
 
 

@@ -407,10 +407,11 @@ def longcat(num_layers: int) -> Any:
 
 
 def test_recipes_are_those_of_mlx_lm() -> None:
-    assert list(RECIPES) == QUANT_RECIPES
+    ours = [recipe for recipe in RECIPES if not recipe.startswith("mla_")]
+    assert ours == QUANT_RECIPES
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", QUANT_RECIPES)
 @pytest.mark.parametrize(
     ("build", "num_layers"),
     [(deepseek, 1), (deepseek, 8), (deepseek, 17), (deepseek, 61), (kimi, 17), (longcat, 9)],

@@ -15,14 +15,20 @@ from mlx_lm.utils import _get_classes
 
 import mla_tools
 from mla_tools import CheckpointError, QuantSpec
-from mla_tools.architectures import MODEL_TYPES
+from mla_tools.architectures import MODEL_TYPES, table_of
+from mla_tools.ops import SplitKvB
 from mla_tools.sample import write_sample
 
 Weights = dict[str, mx.array]
 Config = dict[str, Any]
 Sample = Callable[..., tuple[Weights, Config]]
 
-SPLIT = [family for family in MODEL_TYPES if family != "deepseek_v2"]  # mlx-lm's V2 keeps kv_b_proj whole
+# The families whose class wants kv_b_proj in two.
+SPLIT = [
+    family
+    for family, found in MODEL_TYPES.items()
+    if any(isinstance(rule.op, SplitKvB) for rule in table_of(dict(found.sample))[1].rules)
+]
 each_family = pytest.mark.parametrize("family", MODEL_TYPES)
 each_split = pytest.mark.parametrize("family", SPLIT)
 

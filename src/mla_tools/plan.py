@@ -56,9 +56,11 @@ __all__ = [
 # How many elements are worked on at a time: 16 MB of bf16.
 SLAB_ELEMENTS = 8 << 20
 
-# Bytes of working memory that MLX's CPU encoders take for each element, measured as the growth of
-# mx.get_peak_memory.
+# Bytes of working memory that the CPU encoders take for each element, and those of the 4-bit float
+# modes for each element of the block that they work on at a time: the growth of mx.get_peak_memory.
 _SCRATCH = {"affine": 0, "mxfp8": 8, "mxfp4": 4, "nvfp4": 4}
+_BLOCK_SCRATCH = {"mxfp4": 32, "nvfp4": 32}
+_BLOCK_ELEMENTS = 1 << 18
 
 # Output files are filled up to this, as mlx-lm does it.
 SHARD_BYTES = 5 << 30
@@ -332,6 +334,8 @@ def _make_steps(
                 if not all(name in makers for name in rule.targets(key)):
                     made.problems.append(_missing(rule, key, makers, lost))
     made.steps.sort(key=lambda step: _natural(step.targets[0].name))
+    if made.steps and all(_is_there(step) for step in made.steps):
+        made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
     _say_what_stays_dense(made, targets, options)
     _say_what_embed_q_costs(made)
     return made
@@ -450,7 +454,7 @@ def _choose(
     if dtype.kind == "float" and param.cast and options.dtype is not None:
         dtype = options.dtype
     wanted: QuantSpec | None = None
-    keeps = param.quantizable and not param.dense and not options.dequantize
+    keeps = param.quantizable and not param.raw and not options.dequantize
     kept = source.kept if keeps else None
     override = options.overriding(short(name)) if param.quantizable else None
     if override is not None:
@@ -627,6 +631,11 @@ def _missing(
     )
 
 
+def _is_there(step: Step) -> bool:
+    names = [source.name for source in step.sources]
+    return isinstance(step.op, Same) and names == [target.name for target in step.targets]
+
+
 def _say_what_stays_dense(
     made: Steps, targets: Mapping[str, tuple[tuple[int, ...], Param]], options: Options
 ) -> None:
@@ -771,7 +780,8 @@ def _slab_bytes(step: Step) -> int:
     # once more where an op reorders them, what is written, and what the encoder needs.
     modes = [t.codec.spec.mode for t in step.targets if isinstance(t.codec, MlxQuantized) and not t.moved]
     scratch = max((_SCRATCH[mode] for mode in modes), default=0)
-    return 2 * read + elements * (16 + scratch)
+    block = max((_BLOCK_SCRATCH.get(mode, 0) for mode in modes), default=0)
+    return 2 * read + elements * (16 + scratch) + min(elements, _BLOCK_ELEMENTS) * block
 
 
 def _rows_bytes(source: Source, start: int, stop: int) -> int:

@@ -82,13 +82,15 @@ class Param:
     `quantizable`: it is the weight of a module that MLX can quantize (Linear, Embedding, SwitchLinear,
     MultiLinear). `spec`: the width that the model class itself prescribes when it is quantized.
     `cast`: whether a conversion to another float dtype touches it. `dense`: the model class leaves it
-    in floats where the rest is quantized, unless a recipe decides.
+    in floats where the rest is quantized, unless a recipe decides. `raw`: the class reads the weight
+    itself and not through its module, so that packed codes are no use to it.
     """
 
     quantizable: bool = False
     spec: QuantSpec | None = None
     cast: bool = True
     dense: bool = False
+    raw: bool = False
 
 
 @dataclass(frozen=True)

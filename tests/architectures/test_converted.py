@@ -21,7 +21,8 @@ def load(folder: Path) -> dict[str, mx.array]:
 def test_converting_again_changes_nothing(family: str, tmp_path: Path) -> None:
     write_sample(family, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "once")
-    convert(tmp_path / "once", tmp_path / "twice")
+    plan = convert(tmp_path / "once", tmp_path / "twice")
+    assert any("own layout already" in note for note in plan.notes)
     once, twice = load(tmp_path / "once"), load(tmp_path / "twice")
     assert once.keys() == twice.keys()
     for name, array in once.items():

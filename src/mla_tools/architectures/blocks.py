@@ -226,11 +226,13 @@ def _rule(name: str, shape: Shape, where: Where, target: str | None, what: Param
     return Rule((f"{name}.weight",), (f"{target or name}.weight",), (shape,), where=where, param=what)
 
 
-def left_dense(rules: Iterable[Rule], *endings: str) -> list[Rule]:
+def left_dense(rules: Iterable[Rule], *endings: str, raw: bool = False) -> list[Rule]:
     """Return the rules, those whose targets end so marked as what the class does not quantize."""
     marked = tuple(f"{ending}.weight" for ending in endings)
     return [
-        replace(rule, param=replace(rule.param, dense=True)) if rule.target[0].endswith(marked) else rule
+        replace(rule, param=replace(rule.param, dense=True, raw=raw))
+        if rule.target[0].endswith(marked)
+        else rule
         for rule in rules
     ]
 

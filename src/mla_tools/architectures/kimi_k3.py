@@ -55,7 +55,7 @@ def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
 def residual(name: str, hidden: int, where: blocks.Where) -> list[Rule]:
     """Return the rules of one attention residual: a norm, and a projection that is never quantized."""
     proj = blocks.linear(f"{name}_proj", (1, hidden), where)
-    return [*blocks.left_dense(proj, "res_proj"), blocks.norm(f"{name}_norm", hidden, where)]
+    return [*blocks.left_dense(proj, "res_proj", raw=True), blocks.norm(f"{name}_norm", hidden, where)]
 
 
 def latent_moe(g: Geometry, layers: Domain) -> list[Rule]:
