@@ -63,12 +63,14 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 # Logits
 
 
-@each_checkpoint
+# MiniCPM3 is not here: where its config is silent mlx-lm takes another rope_theta and a head of its own.
+BY_ITSELF = [pair for pair in STORAGES if pair[0] != "minicpm3"]
+
+
+@pytest.mark.parametrize(("family", "storage"), BY_ITSELF, ids="-".join)
 def test_mlx_lm_agrees_on_the_hub_folder(family: str, storage: str) -> None:
     # mlx-lm's deepseek_v3 drops no other MTP layer than the one with the number 61.
     folder = checkpoint(family, storage, mtp=family != "deepseek_v3")
-    if family == "minicpm3":
-        pytest.skip("mlx-lm takes another rope_theta and a head of its own where the config is silent")
     overrides = {"model_type": "longcat_flash"} if family == "longcat_flash" else {}
     # mlx-lm decodes FP8 to bfloat16; the scales of V3.2 are powers of two, so that nothing is rounded.
     cast = "bfloat16" if storage == "fp8" and family != "deepseek_v32" else None
