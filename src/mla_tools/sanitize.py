@@ -27,7 +27,8 @@ def sanitize(
 ) -> dict[str, mx.array]:
     """Return the weights under the names and in the shapes of mlx-lm's class for this config.
 
-    `weights` are arrays as `mx.load` gives them, lazy ones too: nothing is evaluated. `config` is
+    `weights` are arrays as `mx.load` gives them, lazy ones too: nothing is evaluated but the scales and
+    indices whose values a format must check (E8M0 scales, GPTQ's g_idx and zero points). `config` is
     config.json as a dict, or a model class's ModelArgs. Tensors that the class has no place for
     (multi-token prediction, rotary buffers) are left out; packed weights stay packed wherever their
     last axis stays, and `embed_q` says what becomes of the K half of a quantized kv_b_proj. Float
