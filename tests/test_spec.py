@@ -50,7 +50,6 @@ def test_width_and_kind_are_those_of_the_values(dtype: DType) -> None:
     assert dtype.nbytes == meaning.itemsize
     whole = {"b": "bool", "u": "int", "i": "int"}
     assert dtype.kind == whole.get(meaning.kind, "float")
-    assert dtype.is_wide_float == (dtype.name in {"F16", "BF16", "F32", "F64"})
 
 
 @each_dtype

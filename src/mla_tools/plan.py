@@ -373,22 +373,23 @@ def _claimed(
             unread = table.lookup(prefix + leaf)
             if unread is not None and table.rule(unread) is None:
                 # Whatever it is, it is left out.
-                plain = Source(
-                    prefix + leaf, leaves[leaf], Dense(leaves[leaf].dtype), {"weight": prefix + leaf}
-                )
-                found.append((plain, unread))
+                found.append((_plain(prefix + leaf, leaves[leaf]), unread))
                 continue
             there = str(leaves[leaf])
             made.problems.append(Problem(prefix + leaf, "cannot be read", found=there, cause=reason))
         for leaf, reason in answer.drops.items():
-            spec, name = leaves[leaf], prefix + leaf
-            made.drops.append(Drop(Source(name, spec, Dense(spec.dtype), {"weight": name}), reason))
+            made.drops.append(Drop(_plain(prefix + leaf, leaves[leaf]), reason))
         for claim in answer.claims:
             name = prefix + claim.leaf
             match = weight if claim.leaf == "weight" else table.lookup(name)
             parts = {part: prefix + leaf for part, leaf in claim.parts.items()}
             found.append((Source(name, claim.spec, claim.codec, parts), match))
     return found
+
+
+def _plain(name: str, spec: Spec) -> Source:
+    """Return a stored tensor that is left out as the tensor that it is by itself."""
+    return Source(name, spec, Dense(spec.dtype), {"weight": name})
 
 
 def _quantization_section(config: Mapping[str, Any]) -> Mapping[str, object]:

@@ -55,11 +55,6 @@ class DType(Enum):
         """The width in bytes."""
         return self.bits // 8
 
-    @property
-    def is_wide_float(self) -> bool:
-        """Whether this is a float that weights are computed in: F16, BF16, F32 or F64."""
-        return self.kind == "float" and self.bits >= 16
-
 
 class Spec(NamedTuple):
     """The shape and dtype of a tensor. A tuple, because a checkpoint has a hundred thousand of them."""
