@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_tools.codecs import repacking
+from mla_tools.codecs import MlxQuantized, repacking
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.safetensors import Reader, Writer
 from mla_tools.ops import Slab
@@ -69,7 +69,7 @@ def _move(step: Step, slab: Slab, parts: Sequence[Parts], output: int) -> dict[s
         assert repack is not None
         with _named(source):
             packed.append(repack(held, read.start, read.stop))
-    return {
+    made = {
         part: step.op.apply(
             [
                 held[part].reshape(*read.shape[:-1], held[part].shape[-1])
@@ -78,6 +78,8 @@ def _move(step: Step, slab: Slab, parts: Sequence[Parts], output: int) -> dict[s
         )[output]
         for part in target.parts
     }
+    assert isinstance(target.codec, MlxQuantized)
+    return target.codec.joined(made, slab.writes[output].start)
 
 
 @contextmanager
@@ -206,7 +208,10 @@ def _slab(
     for block in slab.reads:
         source = step.sources[block.index]
         cut = source.codec.cut(block.start, block.stop)
-        parts.append({part: _read(plan, reader, source.parts[part], *rows) for part, rows in cut.items()})
+        held = {part: _read(plan, reader, source.parts[part], *rows) for part, rows in cut.items()}
+        with _named(source):
+            source.codec.check(held)
+        parts.append(held)
     results = transform(step, slab, parts)
     mx.eval(results)
     written = 0
@@ -215,7 +220,7 @@ def _slab(
         for part, array in result.items():
             name = target.parts[part]
             data = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8), copy=False)
-            homes[name].write(name, block.start * specs[name].row_bytes, data)
+            homes[name].write(name, target.offset(part, block.start, specs[name]), data)
             written += data.nbytes
     return written
 

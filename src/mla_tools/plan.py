@@ -10,7 +10,7 @@ import copy
 import gc
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from mla_tools.architectures import Family, table_of
 from mla_tools.architectures.geometry import label
 from mla_tools.codecs import (
+    GLOBAL_SCALE,
     SCALES,
     Bundle,
     Codec,
@@ -145,6 +146,12 @@ class Target:
     def stored(self) -> dict[str, Spec]:
         """Return the stored tensors that it is written as, by name."""
         return {self.parts[part]: spec for part, spec in self.codec.encoded(self.spec).items()}
+
+    def offset(self, part: str, start: int, stored: Spec) -> int:
+        """Return the byte of a part, stored as this spec, at which the rows from `start` on begin."""
+        if part == GLOBAL_SCALE and isinstance(self.codec, MlxQuantized) and self.codec.shared:
+            return -(-start // self.codec.shared) * stored.dtype.nbytes
+        return start * stored.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +345,7 @@ def _make_steps(
         made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
     _say_what_stays_dense(made, targets, options)
     _say_what_embed_q_costs(made)
+    _say_where_second_scales_go(made, options)
     return made
 
 
@@ -429,7 +437,7 @@ def _step(
     forms = {source.codec for source in sources}
     targets = []
     for output, (name, spec) in enumerate(zip(rule.targets(key), specs, strict=True)):
-        codec, dtype = _choose(name, spec, rule, output, sources, table, options, made)
+        codec, dtype = _choose(name, spec, rule, output, forms, table, options, made)
         moved = rule.op.keeps_last_axis(output) and all(
             form.quantized and repacking(form, codec) is not None for form in forms
         )
@@ -444,19 +452,22 @@ def _choose(
     spec: Spec,
     rule: Rule,
     output: int,
-    sources: Sequence[Source],
+    forms: Collection[Codec],
     table: Table,
     options: Options,
     made: Steps,
 ) -> tuple[Codec, DType]:
-    """Return how a target is stored, and the float dtype in which it is computed."""
-    source, param = sources[0].codec, rule.param
+    """Return how a target is stored, and the float dtype in which it is computed.
+
+    `forms` are those of the tensors that it is made of.
+    """
+    param = rule.param
     dtype = spec.dtype
     if dtype.kind == "float" and param.cast and options.dtype is not None:
         dtype = options.dtype
     wanted: QuantSpec | None = None
     keeps = param.quantizable and not param.raw and not options.dequantize
-    kept = source.kept if keeps else None
+    kept = _kept(forms, param) if keeps else None
     override = options.overriding(short(name)) if param.quantizable else None
     if override is not None:
         made.overridden.add(override[0])
@@ -475,11 +486,26 @@ def _choose(
         wanted = _embed_q(kept.spec, spec.width, options) if across else kept.spec
     if wanted is None:
         return Dense(dtype), dtype
-    if not wanted.has_biases and repacking(source, MlxQuantized(wanted, DType.BF16, False)) is not None:
-        # The block-float modes hold no float dtype, so none can be changed.
-        dtype = DType.BF16
     made.quantized[short(name)] = wanted
+    if not wanted.has_biases:
+        # The block-float modes hold no float dtype, so none can be changed. A second scale is held
+        # where there is one and it can be; experts without one get one that changes nothing.
+        shared = spec.shape[-2] if param.global_scale and rule.op.keeps_last_axis(output) else None
+        for rows in (None, shared):
+            codec = MlxQuantized(wanted, DType.BF16, False, rows)
+            if all(repacking(form, codec) is not None for form in forms):
+                return codec, DType.BF16
     return MlxQuantized(wanted, dtype, wanted.has_biases), dtype
+
+
+def _kept(forms: Collection[Codec], param: Param) -> MlxQuantized | None:
+    """Return a form in which MLX holds the numbers of all these formats in one tensor, if it has one."""
+    found = [form.kept for form in forms]
+    first = found[0]
+    if first is None or any(kept is None or kept.spec != first.spec for kept in found):
+        return None
+    has_second = any(kept is not None and kept.shared is not None for kept in found)
+    return first if param.global_scale or not has_second else None
 
 
 def _quantized_as(name: str, param: Param, table: Table, options: Options) -> tuple[QuantSpec, bool]:
@@ -665,7 +691,8 @@ def _say_what_embed_q_costs(made: Steps) -> None:
     for step in made.steps:
         source = step.sources[0].codec
         for output, target in enumerate(step.targets):
-            if source.kept is not None and not step.op.keeps_last_axis(output):
+            kept = source.kept
+            if kept is not None and kept.shared is None and not step.op.keeps_last_axis(output):
                 nbytes = sum(spec.nbytes for spec in target.stored().values())
                 sizes[source.word, target.codec.word].append(nbytes)
     for (before, after), each in sizes.items():
@@ -673,6 +700,32 @@ def _say_what_embed_q_costs(made: Steps) -> None:
             f"the K half of kv_b_proj changes its axis: {before} is decoded and stored as {after}, "
             f"{sum(each):,} bytes in {len(each)} tensors (--embed-q)"
         )
+
+
+def _say_where_second_scales_go(made: Steps, options: Options) -> None:
+    """Note which tensors keep a scale beyond those of their groups, and which are decoded for want of it."""
+    held = decoded = 0
+    for step in made.steps:
+        for target in step.targets:
+            held += isinstance(target.codec, MlxQuantized) and target.codec.shared is not None
+            kept = step.sources[0].codec.kept
+            decoded += kept is not None and kept.shared is not None and target.exactness == "decoded"
+    if held:
+        made.notes.append(
+            f"nvfp4 with a second scale: {_tensors(held)} of experts keep codes and E4M3 scales bit for bit,"
+            " and the second scale as MLX's global_scale, equal to within one unit of float32;"
+            " MLX multiplies with it on a GPU only"
+        )
+    if decoded and not options.dequantize:
+        made.notes.append(
+            f"nvfp4 with a second scale: {_tensors(decoded)} decoded to floats, because MLX has no such scale"
+            " outside of experts; multiplied into the E4M3 scales it would leave those of weights below"
+            " 0.09 in steps of 2^-9 (subnormal)"
+        )
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor" + ("" if count == 1 else "s")
 
 
 # --- the output --------------------------------------------------------------------------------------
@@ -724,10 +777,16 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
     if made.quantized:
         default = options.quantize or _source_default(old, made)
         section: dict[str, Any] = dict(default.config)
+        shared = {
+            short(target.name)
+            for step in made.steps
+            for target in step.targets
+            if isinstance(target.codec, MlxQuantized) and target.codec.shared is not None
+        }
         for path in sorted(made.quantized, key=_natural):
             spec = made.quantized[path]
-            if spec != default or path in made.named:
-                section[path] = dict(spec.config)
+            if spec != default or path in made.named or path in shared:
+                section[path] = {**spec.config, **({GLOBAL_SCALE: True} if path in shared else {})}
         new["quantization"] = section
         # The second name is what the hub shows a model's quantization by.
         new["quantization_config"] = copy.deepcopy(section)

@@ -83,7 +83,8 @@ class Param:
     MultiLinear). `spec`: the width that the model class itself prescribes when it is quantized.
     `cast`: whether a conversion to another float dtype touches it. `dense`: the model class leaves it
     in floats where the rest is quantized, unless a recipe decides. `raw`: the class reads the weight
-    itself and not through its module, so that packed codes are no use to it.
+    itself and not through its module, so that packed codes are no use to it. `global_scale`: the
+    module (SwitchLinear) can hold a float32 scale for each expert beside nvfp4 codes.
     """
 
     quantizable: bool = False
@@ -91,6 +92,7 @@ class Param:
     cast: bool = True
     dense: bool = False
     raw: bool = False
+    global_scale: bool = False
 
 
 @dataclass(frozen=True)

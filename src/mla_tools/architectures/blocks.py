@@ -46,6 +46,9 @@ __all__ = [
 Where = Mapping[str, Domain]
 Shape = tuple[int, ...]
 
+# The experts of every class of mlx-lm are SwitchLinear, in a SwitchGLU.
+EXPERT = Param(quantizable=True, global_scale=True)
+
 # The routers that mlx-lm's classes quantize at a width of their own, whatever the rest gets.
 ROUTER_SPEC = QuantSpec("affine", 8, 64)
 
@@ -357,7 +360,7 @@ def experts(
             (shape,),
             Stack(),
             where,
-            Param(quantizable=True),
+            EXPERT,
             because=because,
         )
         for name, theirs, shape in zip(names, ("gate_proj", "up_proj", "down_proj"), shapes, strict=True)
@@ -370,16 +373,15 @@ def fused_experts(prefix: str, target: str, count: int, hidden: int, inner: int,
     As transformers 5 holds them: gate before up, and no ".weight" in the names. Checkpoints that have
     been quantized elsewhere store them one by one, which is understood as well.
     """
-    param = Param(quantizable=True)
     halves = (f"{target}.gate_proj.weight", f"{target}.up_proj.weight")
     return [
-        Rule((f"{prefix}.gate_up_proj",), halves, ((count, inner * 2, hidden),), SplitRows(), where, param),
+        Rule((f"{prefix}.gate_up_proj",), halves, ((count, inner * 2, hidden),), SplitRows(), where, EXPERT),
         Rule(
             (f"{prefix}.down_proj",),
             (f"{target}.down_proj.weight",),
             ((count, hidden, inner),),
             where=where,
-            param=param,
+            param=EXPERT,
         ),
         *(replace(rule, alternative=True) for rule in experts(prefix, target, count, hidden, inner, where)),
     ]

@@ -14,13 +14,14 @@ from mla_tools.codecs import awq, compressed_int, dense, fp4, fp8, gptq, mlx_qua
 from mla_tools.codecs.codec import Claim, Codec, Module, Sample, part_name
 from mla_tools.codecs.dense import Dense
 from mla_tools.codecs.fp8 import Fp8Block
-from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.codecs.mlx_quantized import GLOBAL_SCALE, MlxQuantized
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = [
     "FORMATS",
+    "GLOBAL_SCALE",
     "SCALES",
     "Bundle",
     "Claim",
@@ -120,14 +121,19 @@ def repacking(source: Codec, target: Codec) -> Repack | None:
     The codes and the numbers stay as they are, but for affine scales that are rounded to a narrower
     dtype. Parts are handed over in rows.
     """
-    if source == target:
+    kept = source.convertible
+    shares = isinstance(target, MlxQuantized) and target.shared is not None
+    if source == target and not shares:
         return lambda parts, start, stop: parts
-    kept = source.convertible if isinstance(source, Fp8Block) else source.kept
     if kept is None or not isinstance(target, MlxQuantized) or target.spec != kept.spec:
+        return None
+    if kept.shared is not None and not shares:
         return None
 
     def repack(parts: Parts, start: int, stop: int) -> Parts:
         parts = source.keep(parts, start, stop)
+        if shares and kept.shared is None:
+            parts = {**parts, **mlx_quantized.neutral(stop - start)}
         # Block-float scales are bytes, whatever dtype they are decoded to.
         same = kept.dtype == target.dtype or not kept.spec.has_biases
         return parts if same else mlx_quantized.recast(parts, target.dtype)

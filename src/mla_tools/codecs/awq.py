@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.spec import DType, Spec
@@ -32,7 +32,7 @@ _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Codec):
     """4-bit codes in groups of `group`, scales in `dtype`, of a tensor whose rows have `width` elements.
 
     Its rows are columns of the parts, so the parts are always read whole, and `width` says how many

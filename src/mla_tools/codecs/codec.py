@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mla_tools.errors import MlaToolsError
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
 
     from mla_tools.codecs.mlx_quantized import MlxQuantized
 
-__all__ = ["Claim", "Codec", "Module", "Rows", "Sample", "part_name"]
+__all__ = ["Claim", "Codec", "Module", "Rows", "Sample", "part_name", "refuse"]
 
 Rows = tuple[int, int]
 
 
 class Codec(Protocol):
-    """How a tensor is stored. Instances are values: equal codecs mean equal spelling."""
+    """How a tensor is stored. Instances are values: equal codecs mean equal spelling.
+
+    Formats inherit from it for the members that most of them do not need to say anything about.
+    """
 
     @property
     def word(self) -> str:
@@ -44,6 +48,11 @@ class Codec(Protocol):
         """
         ...
 
+    @property
+    def convertible(self) -> MlxQuantized | None:
+        """The form in which MLX can hold these numbers if it is asked for; `kept`, or one more daring."""
+        return self.kept
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         """Return the stored parts of a tensor of this spec."""
         ...
@@ -61,8 +70,20 @@ class Codec(Protocol):
         ...
 
     def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-        """Return rows start..stop in the form `kept`, from the rows that `cut` names, without decoding."""
+        """Return rows start..stop in the form `convertible`, from the rows that `cut` names, not decoded.
+
+        A global scale comes as one for each row, [rows, 1], so that ops can treat it like any part;
+        `MlxQuantized.joined` makes one for each expert of it.
+        """
         ...
+
+    def check(self, parts: Mapping[str, mx.array]) -> None:
+        """Raise MlaToolsError for a scale that nothing can be multiplied with: NaN, infinity.
+
+        Evaluates the scales among the parts, so it is called where data has just been read, before
+        `decode` and `keep`. These refuse by themselves what they would take for another number.
+        """
+        del parts
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         """Return the parts of an array, whose dtype is the one to compute in.
@@ -113,3 +134,19 @@ def part_name(tensor: str, part: str) -> str:
     if part.startswith("_"):
         return tensor + part
     return tensor[: tensor.rfind(".") + 1] + part
+
+
+def refuse(numbers: mx.array, part: str, stored: mx.array | None = None) -> None:
+    """Raise MlaToolsError if one of the scales in a part is no finite number.
+
+    `stored` are the scales as the checkpoint has them, where `numbers` are made from them. Evaluates both.
+    """
+    import mlx.core as mx
+
+    if mx.all(mx.isfinite(numbers)).item():
+        return
+    first = mx.argmin(mx.isfinite(numbers).reshape(-1))
+    found = (numbers if stored is None else stored).reshape(-1)[first].item()
+    raise MlaToolsError(
+        f"{part_name('weight', part)} holds {found}, which is no scale; the checkpoint is damaged"
+    )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.spec import DType, Spec
@@ -29,7 +29,7 @@ _BITS = (4, 8)
 
 
 @dataclass(frozen=True)
-class CompressedInt:
+class CompressedInt(Codec):
     """Codes of 4 or 8 bits; `group` of them share a scale in `dtype`.
 
     `group` is None for whole rows of any width, which only a sample is; a claim gives their width.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _DTYPES = frozenset({DType.F32, DType.F16, DType.BF16, DType.I64, DType.I32})
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Codec):
     """A tensor stored as itself."""
 
     dtype: DType

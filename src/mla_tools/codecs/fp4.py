@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows, Sample, part_name
-from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample, part_name, refuse
+from mla_tools.codecs.mlx_quantized import GLOBAL_SCALE, NEUTRAL, MlxQuantized
 from mla_tools.errors import MlaToolsError
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
@@ -32,11 +32,10 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 _PACKED = frozenset({DType.U8, DType.I8})
 _NAN = 255  # the E8M0 byte that is no number
-_LARGEST = 6.0 * 448.0  # of E2M1 times E4M3
 
 
 @dataclass(frozen=True)
-class Fp4:
+class Fp4(Codec):
     """E2M1 codes; `e8m0` tells MX from NV.
 
     `codes`, `scale` and `overall` are the parts; `overall` is the scale of the whole tensor, which
@@ -66,10 +65,8 @@ class Fp4:
 
     @property
     def kept(self) -> MlxQuantized | None:
-        # MLX's nvfp4 has no scale for the whole tensor but in the layers of experts.
-        if self.overall is not None:
-            return None
-        return MlxQuantized(QuantSpec("mxfp4" if self.e8m0 else "nvfp4"), DType.BF16, biases=False)
+        shared = None if self.overall is None else 0
+        return MlxQuantized(QuantSpec("mxfp4" if self.e8m0 else "nvfp4"), DType.BF16, False, shared)
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, width = spec.shape
@@ -125,7 +122,26 @@ class Fp4:
 
         if self.e8m0:
             self._refuse_nan(parts)
-        return {"weight": mx.contiguous(parts[self.codes]).view(mx.uint32), "scales": parts[self.scale]}
+        kept = {"weight": mx.contiguous(parts[self.codes]).view(mx.uint32), "scales": parts[self.scale]}
+        if self.overall is not None:
+            overall = parts[self.overall].reshape(1, 1)
+            neutral = mx.array(NEUTRAL, mx.float32)
+            each = neutral / overall if self.divides else overall * neutral
+            kept[GLOBAL_SCALE] = mx.broadcast_to(each, (stop - start, 1))
+        return kept
+
+    def check(self, parts: Mapping[str, mx.array]) -> None:
+        import mlx.core as mx
+
+        if self.e8m0:
+            self._refuse_nan(parts)
+            return
+        refuse(mx.from_fp8(parts[self.scale], dtype=mx.float32), self.scale)
+        if self.overall is not None:
+            overall = parts[self.overall]
+            # What is divided by must not be zero, and the product that MLX is given must be finite.
+            refuse(overall, self.overall)
+            refuse(NEUTRAL / overall if self.divides else overall * NEUTRAL, self.overall, overall)
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx
@@ -133,7 +149,7 @@ class Fp4:
         values = array.astype(mx.float32)
         parts = {}
         if self.overall is not None:
-            overall = mx.maximum(mx.abs(values).max(), 1e-30) / _LARGEST
+            overall = mx.maximum(mx.abs(values).max(), 1e-30) / NEUTRAL
             values = values / overall
             parts[self.overall] = (1 / overall if self.divides else overall).reshape(self.overall_shape)
         codes, scales, *_ = mx.quantize(values, mode="mxfp4" if self.e8m0 else "nvfp4")

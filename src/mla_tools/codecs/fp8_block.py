@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from mla_tools.codecs.codec import Rows
+from mla_tools.codecs.codec import Codec, Rows, refuse
 from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.errors import MlaToolsError
 from mla_tools.quantization import QuantSpec
@@ -39,7 +39,7 @@ _Index = TypeVar("_Index", int, "mx.array")
 
 
 @dataclass(frozen=True)
-class Fp8Block:
+class Fp8Block(Codec):
     """E4M3 codes and a scale for each block of `block` rows and columns, a side WHOLE as the weight's.
 
     `part` and `scales`: the scales' name and dtype. `experts`: the rows of each expert of a stack,
@@ -119,6 +119,9 @@ class Fp8Block:
         codes = parts["weight"]
         scales = self._spread(self._bytes(parts[self.part]), start, stop, codes.shape[-1], GROUP)
         return {"weight": mx.contiguous(codes).view(mx.uint32), "scales": scales}
+
+    def check(self, parts: Mapping[str, mx.array]) -> None:
+        refuse(_floats(parts[self.part], self.scales), self.part)
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx

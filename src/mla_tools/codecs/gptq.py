@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.errors import MlaToolsError
@@ -35,7 +35,7 @@ _SUBTRACTED = {"gptq": 1, "gptq_v2": 0}
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Codec):
     """Codes of 4 or 8 bits in groups of `group`, scales in `dtype`, zero points stored less `subtracted`.
 
     `symmetric`: every zero point is half the range; what is stored must agree. The tensor's rows, of
