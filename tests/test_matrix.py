@@ -122,7 +122,9 @@ def table() -> str:
         "larger of a 24-token prefill and 6 cached decode steps, on tiny random checkpoints. First what",
         "`mla-sanitize convert --dtype float32 --embed-q float` makes of a checkpoint, then what mlx-lm",
         "0.32.2 makes of the same files by itself; off: neither the logits of these weights nor those of the",
-        "weights rounded to bfloat16. Made by `python tests/test_matrix.py --write`.",
+        "weights rounded to bfloat16. MLX has no CPU kernel for experts with a global scale (NVFP4): there",
+        "`mx.dequantize` decodes each expert and `mx.gather_mm` multiplies. Made by",
+        "`python tests/test_matrix.py --write`.",
     ]
     for family in FAMILIES:
         lines += ["", f"## {family}", "", "| format | mla-tools | mlx-lm alone |", "|---|---|---|"]

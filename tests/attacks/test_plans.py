@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +104,12 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_sample("deepseek_v3", folder / "bf16")
     write_sample("deepseek_v3", folder / "fp8", "fp8")
     write_sample("longcat_flash", folder / "longcat")
+    write_sample("deepseek_v3", folder / "e8m0", "fp8-ue8m0")
+    write_sample("deepseek_v3", folder / "tensor", "fp8-tensor")
+    write_sample("deepseek_v3", folder / "channel", "ct-fp8-channel")
+    write_sample("deepseek_v3", folder / "mxfp4", "quark-mxfp4")
+    write_sample("deepseek_v3", folder / "times", "modelopt-nvfp4")
+    write_sample("deepseek_v3", folder / "divided", "ct-nvfp4")
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -726,3 +734,41 @@ def test_what_the_command_does_not_know_is_wrong_usage(
 
 def test_a_source_that_is_no_folder(tmp_path: Path, refused: Refuse) -> None:
     refused(tmp_path / "nothing").says(f"{tmp_path / 'nothing'}: no such folder")
+
+
+# --- scales that are no numbers ----------------------------------------------------------------------
+
+NAN32, INF32, ZERO32 = struct.pack("<f", math.nan), struct.pack("<f", math.inf), bytes(4)
+NAN16 = b"\xc0\x7f"  # bfloat16
+
+
+@pytest.mark.parametrize(
+    "module", [EXPERT.removesuffix(".weight").format(3), "model.layers.2.self_attn.o_proj"]
+)
+@pytest.mark.parametrize(
+    ("fmt", "scale", "data", "text"),
+    [
+        pytest.param("fp8", "_scale_inv", NAN32, "weight_scale_inv holds nan", id="nan"),
+        pytest.param("fp8", "_scale_inv", INF32, "weight_scale_inv holds inf", id="infinite"),
+        pytest.param("e8m0", "_scale_inv", b"\xff", "weight_scale_inv holds nan", id="e8m0_255"),
+        pytest.param("tensor", "_scale_inv", NAN16, "weight_scale_inv holds nan", id="of_a_tensor"),
+        pytest.param("channel", "_scale", NAN16, "weight_scale holds nan", id="of_a_channel"),
+        pytest.param("mxfp4", "_scale", b"\xff", "an E8M0 scale is 255, which is not", id="mxfp4_255"),
+        pytest.param("times", "_scale", b"\x7f", "weight_scale holds nan", id="e4m3_nan"),
+        pytest.param("times", "_scale_2", NAN32, "weight_scale_2 holds nan", id="second_nan"),
+        pytest.param("times", "_scale_2", INF32, "weight_scale_2 holds inf", id="second_infinite"),
+        pytest.param("divided", "_global_scale", ZERO32, "weight_global_scale holds 0.0", id="second_zero"),
+        pytest.param(
+            "divided", "_global_scale", INF32, "weight_global_scale holds inf", id="divisor_infinite"
+        ),
+    ],
+)
+def test_a_scale_that_is_no_number(
+    fmt: str, scale: str, data: bytes, text: str, module: str, sample: Bench, refused: Refuse
+) -> None:
+    folder = sample(fmt)
+    name = f"{module}.weight{scale}"
+    old = folder.tensors[name]
+    folder.tensors[name] = replace(old, data=old.data[: -len(data)] + data)
+    folder.save()
+    refused(folder.path).says(f"error: {module}: {text}", "the checkpoint is damaged")

@@ -203,10 +203,13 @@ def claim(module: Module) -> list[Claim]:
 def _codec(module: Module, tensor: str, codes: str, scale: str) -> Fp4 | None:
     """Return the codec that these leaves spell, or None if the scale is of another kind."""
     stored = module.leaves[part_name(tensor, codes)].dtype
-    dtype = module.leaves[part_name(tensor, scale)].dtype
-    if dtype in (DType.F8_E8M0, DType.U8):
+    scales = module.leaves[part_name(tensor, scale)]
+    dtype = scales.dtype
+    # mx.load gives bytes for E4M3 as for E8M0, and then their number tells which.
+    is_nv = dtype is DType.F8_E4M3 or (dtype is DType.U8 and scales.width * 16 == module.width)
+    if dtype in (DType.F8_E8M0, DType.U8) and not is_nv:
         return Fp4(True, codes, scale, dtypes=(stored, dtype))
-    if dtype is not DType.F8_E4M3:
+    if not is_nv:
         return None
     for overall, divides in (("_scale_2", False), ("_global_scale", True)):
         there = module.leaves.get(part_name(tensor, overall))
