@@ -150,6 +150,19 @@ def test_the_plan_says_what_is_kept_what_is_decoded_and_why(fmt: str, sample: Sa
     assert words.count("repacked") == held
 
 
+def test_experts_that_are_wanted_in_floats_are_not_said_to_have_no_place(
+    sample: Sample, tmp_path: Path
+) -> None:
+    flags = ("--q-override", "switch_mlp|lm_head=float")
+    made = convert(sample("deepseek_v3", "ct-nvfp4"), tmp_path / "out", *flags)
+    assert list(stacks(made)) == []
+    outside = sum(
+        t.exactness == "decoded" and ".switch_mlp." not in t.name for step in made.steps for t in step.targets
+    )
+    (note,) = (note for note in made.notes if "second scale" in note)
+    assert f": {outside} tensors decoded" in note
+
+
 @pytest.mark.parametrize("rows", [7, 64, 1000])
 def test_slabs_that_end_within_an_expert_write_its_scale_once(
     rows: int, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -345,7 +345,7 @@ def _make_steps(
         made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
     _say_what_stays_dense(made, targets, options)
     _say_what_embed_q_costs(made)
-    _say_where_second_scales_go(made, options)
+    _say_where_second_scales_go(made, targets, options)
     return made
 
 
@@ -702,14 +702,17 @@ def _say_what_embed_q_costs(made: Steps) -> None:
         )
 
 
-def _say_where_second_scales_go(made: Steps, options: Options) -> None:
+def _say_where_second_scales_go(
+    made: Steps, targets: Mapping[str, tuple[tuple[int, ...], Param]], options: Options
+) -> None:
     """Note which tensors keep a scale beyond those of their groups, and which are decoded for want of it."""
     held = decoded = 0
     for step in made.steps:
         for target in step.targets:
             held += isinstance(target.codec, MlxQuantized) and target.codec.shared is not None
             kept = step.sources[0].codec.kept
-            decoded += kept is not None and kept.shared is not None and target.exactness == "decoded"
+            lacks = kept is not None and kept.shared is not None and not targets[target.name][1].global_scale
+            decoded += lacks and target.exactness == "decoded" and not options.overriding(short(target.name))
     if held:
         made.notes.append(
             f"nvfp4 with a second scale: {_tensors(held)} of experts keep codes and E4M3 scales bit for bit,"
