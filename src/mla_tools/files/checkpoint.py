@@ -20,7 +20,7 @@ from mla_tools.errors import CheckpointError, Problem, fold_names
 from mla_tools.files.safetensors import AGAIN, Header, parse_object, read_header, read_whole, shown
 from mla_tools.spec import Spec
 
-__all__ = ["Checkpoint", "Stored", "open_checkpoint"]
+__all__ = ["Checkpoint", "Shard", "Stored", "open_checkpoint"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -45,6 +45,15 @@ class Stored:
     spec: Spec
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file: its size in bytes and the sha256 of its header, by which it is known again."""
+
+    name: str
+    size: int
+    digest: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder of weights, without any of their data.
@@ -58,7 +67,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, object]
     tensors: dict[str, Stored]
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     companions: tuple[Path, ...]
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -108,7 +117,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         folder=folder,
         config=config,
         tensors=tensors,
-        shards=tuple(header.path for header in headers.values()),
+        shards=tuple(Shard(file, header.size, header.digest) for file, header in headers.items()),
         companions=_companions(folder, names, notes),
         notes=tuple(notes),
         problems=tuple(problems),

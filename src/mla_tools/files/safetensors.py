@@ -8,6 +8,7 @@ ever allocated. Source: the safetensors format description.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -71,12 +72,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The checked header of one file: what it holds and where; `size` is that of the file in bytes."""
+    """The checked header of one file: what it holds and where.
+
+    `size` is that of the file in bytes, `digest` the sha256 of the header's JSON as it stands there, in hex.
+    """
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
     size: int
+    digest: str
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -113,7 +118,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             more = f"has {len(problems) - _MAX_PROBLEMS:,} more problems than are listed here"
             problems[_MAX_PROBLEMS:] = [Problem(file, more)]
         raise CheckpointError(problems)
-    return Header(path, entries, metadata, size)
+    return Header(path, entries, metadata, size, hashlib.sha256(raw).hexdigest())
 
 
 def _read_raw_header(fd: int, file: str, size: int) -> bytes:
