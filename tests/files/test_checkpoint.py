@@ -9,6 +9,7 @@ import pytest
 from attacks.hostile import folder_with_config, index, shard
 
 from mla_tools.files.checkpoint import Shard, open_checkpoint
+from mla_tools.files.place import Folder, LocalFile
 from mla_tools.spec import DType, Spec
 
 ONE, TWO, THREE = (f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
@@ -33,13 +34,13 @@ def layers(*numbers: int) -> set[str]:
 
 def test_a_sound_folder(folder: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.folder == folder
+    assert checkpoint.place == Folder(folder)
     assert checkpoint.config["num_hidden_layers"] == 6
     assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5)
     assert [shard.name for shard in checkpoint.shards] == [ONE, TWO, THREE]
     assert (checkpoint.problems, checkpoint.notes, checkpoint.lost) == ((), (), {})
     stored = checkpoint.tensors["model.layers.3.weight"]
-    assert (stored.file, stored.spec) == (folder / TWO, Spec((2, 4), DType.BF16))
+    assert (stored.file, stored.spec) == (LocalFile(folder / TWO), Spec((2, 4), DType.BF16))
     assert stored.offset == (folder / TWO).stat().st_size - 16
 
 
@@ -48,7 +49,7 @@ def test_a_shard_is_known_by_its_size_and_the_digest_of_its_header(folder: Path)
     for path, found in zip((folder / ONE, folder / TWO, folder / THREE), before, strict=True):
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
-        assert found == Shard(path.name, len(data), hashlib.sha256(data[8 : 8 + length]).hexdigest())
+        assert found == Shard(path.name, len(data), hashlib.sha256(data[8 : 8 + length]).hexdigest(), "")
     shard(folder, TWO, "model.layers.3.weight", "model.layers.2.weight")  # the same size, another header
     after = open_checkpoint(folder).shards
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
@@ -119,7 +120,7 @@ def test_a_tensor_in_another_shard_is_a_problem_that_says_where(folder: Path) ->
     assert problem.subject == "model.layers.3.weight"
     assert problem.found == f"in {THREE}"
     assert checkpoint.lost == {}
-    assert checkpoint.tensors["model.layers.3.weight"].file == folder / THREE
+    assert checkpoint.tensors["model.layers.3.weight"].file == LocalFile(folder / THREE)
 
 
 def test_a_tensor_of_a_missing_shard_that_lies_elsewhere_is_not_lost(folder: Path) -> None:
@@ -136,7 +137,9 @@ def test_a_tensor_in_two_shards_is_a_problem_that_names_both(folder: Path) -> No
     (problem,) = checkpoint.problems
     assert (problem.subject, problem.what) == ("model.layers.5.weight", "is stored in two files")
     assert problem.found == f"{ONE} and {THREE}"
-    assert checkpoint.tensors["model.layers.5.weight"].file == folder / THREE  # where the index has it
+    assert checkpoint.tensors["model.layers.5.weight"].file == LocalFile(
+        folder / THREE
+    )  # where the index has it
 
 
 def test_files_that_the_index_does_not_name_are_left_out(folder: Path) -> None:
