@@ -181,6 +181,7 @@ def _run(plan: Plan, writers: Mapping[str, Writer], progress: Progress) -> None:
             for future in pending:
                 progress(future.result())
         except BaseException:
+            plan.checkpoint.place.stop()
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -293,6 +293,37 @@ def test_nobody_waits_for_a_day(hub: Hub) -> None:
     assert waits == []
 
 
+def test_whoever_waits_can_be_stopped(hub: Hub) -> None:
+    waiting = threading.Event()
+
+    def busy(call: Call) -> None:
+        call.answer(429, headers={"Retry-After": "590"})
+        waiting.set()
+
+    hub.always = busy
+    repository = open_repository(NAME, endpoint=hub.url)
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(read, repository, 0, 8)
+        assert waiting.wait(timeout=60)
+        repository.stop()
+        with pytest.raises(MlaToolsError, match="org/name: reading was stopped"):
+            under_way.result(timeout=60)
+    assert len(hub.ranges()) == 1
+
+
+def test_an_interrupted_conversion_does_not_wait_for_a_busy_hub(sample: Path, tmp_path: Path) -> None:
+    with running(files_of(sample)) as hub:
+        plan = make_plan(open_checkpoint(open_repository(NAME, endpoint=hub.url)), Options())
+        hub.faults, hub.always = [None] * 4, Faults.status(429, Retry_After="590")
+
+        def interrupt(nbytes: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            execute(plan, tmp_path / "out", progress=interrupt)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hub_that_is_not_there_is_told(hub: Hub) -> None:
     waits: list[float] = []
     with pytest.raises(MlaToolsError, match=r"org/name cannot be read: http://127.0.0.1:1 cannot be reached"):
@@ -635,4 +666,5 @@ def test_the_environment_is_honoured(sample: Path, tmp_path: Path, offline: str)
     else:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["path"] == f"hf://org/name@{COMMIT}"
-        assert {asked.token for asked in hub.asked} == {"Bearer hf_env"}
+        ours = [asked for asked in hub.asked if NAME in asked.path]  # huggingface_hub asks of its own, too
+        assert {asked.token for asked in ours} == {"Bearer hf_env"}

@@ -308,6 +308,7 @@ def _each_header(place: Place, files: Sequence[str]) -> Iterator[tuple[str, Head
         try:
             yield from zip(files, pool.map(read, files), strict=True)
         except BaseException:
+            place.stop()
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -101,7 +101,7 @@ class _Listed:
 
 
 def open_repository(
-    name: str, revision: str | None = None, *, endpoint: str | None = None, sleep: Sleep = time.sleep
+    name: str, revision: str | None = None, *, endpoint: str | None = None, sleep: Sleep | None = None
 ) -> Repository:
     """Return a repository at the commit that a revision (default: the default branch) names now.
 
@@ -132,7 +132,7 @@ def open_repository(
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError([_no_listing(name, f"{type(error).__name__}: {error}")]) from error
 
-    info = persist(ask, name, sleep, _LISTING_TRIES)
+    info = persist(ask, name, sleep or time.sleep, _LISTING_TRIES)
     if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise CheckpointError([_no_listing(name, f"commit {shown(str(info.sha))}")])
     listed = _listed(name, info.siblings or [])
@@ -196,6 +196,9 @@ class Repository:
 
     def tag(self, name: str) -> str:
         return self._listed[name].tag
+
+    def stop(self) -> None:
+        self._ranges.stop()
 
     def size(self, name: str) -> int:
         return self._listed[name].size

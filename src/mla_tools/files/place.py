@@ -88,6 +88,9 @@ class Place(Protocol):
     def tag(self, name: str) -> str:
         """Return what the place itself says about a file's content (a hash), or nothing."""
 
+    def stop(self) -> None:
+        """End reads that wait for a network with an error, and all later ones: nobody wants the answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
@@ -185,6 +188,9 @@ class Folder:
 
     def tag(self, name: str) -> str:
         return ""
+
+    def stop(self) -> None:
+        pass
 
 
 def as_file(file: File | str | os.PathLike[str]) -> File:

@@ -7,6 +7,7 @@ asked again until it is refused, because hubs count the requests that they redir
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from mla_tools.files.place import shown
 __all__ = ["PassingError", "Ranges", "passing", "persist", "refusal"]
 
 T = TypeVar("T")
-Sleep = Callable[[float], None]
+Sleep = Callable[[float], object]
 
 _TRIES = 9  # with the waits between them a little over two minutes
 _FIRST_WAIT = 0.5
@@ -105,12 +106,18 @@ class Ranges:
     """Reads ranges of the files of one commit; any thread may."""
 
     def __init__(
-        self, repository: str, commit: str, headers: Mapping[str, str], sleep: Sleep = time.sleep
+        self, repository: str, commit: str, headers: Mapping[str, str], sleep: Sleep | None = None
     ) -> None:
-        self._repository, self._commit, self._sleep = repository, commit, sleep
+        self._repository, self._commit = repository, commit
+        self._stopped = threading.Event()
+        self._sleep = sleep or self._stopped.wait
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._strangers = {key: text for key, text in self._headers.items() if key.lower() != "authorization"}
         self._addresses: dict[str, str] = {}
+
+    def stop(self) -> None:
+        """End every read that is under way, at its next byte or try, with an MlaToolsError."""
+        self._stopped.set()
 
     def fill(self, file: str, url: str, offset: int, view: memoryview, size: int) -> None:
         """Fill `view` with the bytes of a file from byte `offset`; the whole file has `size` bytes.
@@ -122,13 +129,19 @@ class Ranges:
 
         def ask() -> None:
             nonlocal done
+            self._go_on()
             for piece in self._pieces(file, url, offset + done, offset + len(view), size):
+                self._go_on()
                 view[done : done + len(piece)] = piece
                 done += len(piece)
             if done < len(view):
                 raise PassingError(f"only {done:,} of {len(view):,} bytes came")
 
         persist(ask, f"{self._repository}: {shown(file)}", self._sleep)
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise MlaToolsError(f"{self._repository}: reading was stopped.")
 
     def _pieces(self, file: str, url: str, start: int, stop: int, size: int) -> Iterator[bytes]:
         """Yield the bytes from `start`, up to `stop` or less, as they come."""
