@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -132,6 +133,16 @@ class Hub:
             (fault or Call.serve)(call)
 
 
+class Server(ThreadingHTTPServer):
+    """A server that takes it in silence when the other side hangs up: a client may."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def running(files: dict[str, bytes]) -> Iterator[Hub]:
     """Serve files as a repository, on one port as the hub and on another as the place it redirects to."""
@@ -149,8 +160,7 @@ def running(files: dict[str, bytes]) -> Iterator[Hub]:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
+        server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
     hub.url, hub.elsewhere = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)

@@ -29,9 +29,9 @@ from mla_tools.plan import Options, make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.sample import write_sample
 
-WINDOW = 1 << 16  # what a repository reads beyond what it is asked for
+WINDOW = 1 << 17  # what a repository reads beyond what it is asked for
 
-DATA = random.Random(1).randbytes(300_000)
+DATA = random.Random(1).randbytes(1_000_000)
 CONFIG = b'{"model_type": "deepseek_v3"}'
 
 
@@ -132,8 +132,8 @@ def test_headers_longer_than_the_first_request_are_read_whole(tmp_path: Path) ->
     with running(files_of(folder)) as hub:
         found = open_checkpoint(opened(hub))
         assert [asked.range for asked in hub.ranges()][1:] == [
-            "bytes=0-65599",
-            f"bytes=65600-{end_of(folder)}",
+            "bytes=0-131135",
+            f"bytes=131136-{end_of(folder)}",
         ]
     assert found.tensors.keys() == open_checkpoint(folder).tensors.keys()
 
@@ -192,12 +192,12 @@ def test_what_follows_a_range_is_not_asked_for_again(hub: Hub) -> None:
     assert read(repository, 1000, 100_000) == DATA[1000:101_000]
     assert read(repository, 101_000, WINDOW) == DATA[101_000 : 101_000 + WINDOW]
     assert len(hub.ranges()) == 1
-    assert read(repository, 120_000, 100_000) == DATA[120_000:220_000]
-    assert [asked.range for asked in hub.ranges()][1:] == [f"bytes={101_000 + WINDOW}-{220_000 + WINDOW - 1}"]
+    assert read(repository, 200_000, 100_000) == DATA[200_000:300_000]
+    assert [asked.range for asked in hub.ranges()][1:] == [f"bytes={101_000 + WINDOW}-{300_000 + WINDOW - 1}"]
 
 
 @pytest.mark.parametrize(
-    ("offset", "nbytes"), [(0, 300_001), (300_000, 1), (1 << 62, 1 << 62), (-1, 4), (0, -1)]
+    ("offset", "nbytes"), [(0, 1_000_001), (1_000_000, 1), (1 << 62, 1 << 62), (-1, 4), (0, -1)]
 )
 def test_a_range_outside_of_a_file_is_refused_unasked(hub: Hub, offset: int, nbytes: int) -> None:
     with pytest.raises(CheckpointError, match="truncated while reading"):
@@ -266,7 +266,7 @@ def test_what_came_before_a_break_is_not_asked_for_again(hub: Hub) -> None:
     hub.faults = [Faults.short, Faults.short]
     assert read(opened(hub), 0, len(DATA)) == DATA
     starts = [asked.range for asked in hub.ranges()]
-    assert starts == [f"bytes={start}-{len(DATA) - 1}" for start in (0, 150_000, 225_000)]
+    assert starts == [f"bytes={start}-{len(DATA) - 1}" for start in (0, 500_000, 750_000)]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ PERMANENT = [
     ),
     pytest.param(
         Faults.status(416, Content_Range="bytes */7"),
-        r"ends before it should\n  needed  bytes 0 to 65,544 of 300,000\n  found   bytes \*/7\n",
+        r"ends before it should\n  needed  bytes 0 to 131,080 of 1,000,000\n  found   bytes \*/7\n",
         id="416",
     ),
     pytest.param(Faults.status(418), "model.safetensors cannot be read: the server answers 418", id="418"),
@@ -395,9 +395,9 @@ PERMANENT = [
     ),
     pytest.param(Faults.status(302, Location="http://[::1"), "which is not safe", id="redirect_to_nonsense"),
     pytest.param(Faults.status(302, Location="?"), "redirects in a circle", id="redirect_in_a_circle"),
-    pytest.param(total, "another size .*\n  needed  300,000 .*\n  found   300,001 bytes", id="size"),
-    pytest.param(elsewhere, r"sends another range\n  needed  bytes 0-65543/300000\n", id="range"),
-    pytest.param(no_range, r"sends another range\n  needed  bytes 0-65543/300000\n", id="no_range"),
+    pytest.param(total, "another size .*\n  needed  1,000,000 .*\n  found   1,000,001 bytes", id="size"),
+    pytest.param(elsewhere, r"sends another range\n  needed  bytes 0-131079/1000000\n", id="range"),
+    pytest.param(no_range, r"sends another range\n  needed  bytes 0-131079/1000000\n", id="no_range"),
     pytest.param(too_much, "the server sends more than it says", id="too_much"),
     pytest.param(whole, "cannot be read by ranges: 127.0.0.1 sends the whole file instead", id="whole"),
     pytest.param(vast, "cannot be read by ranges: 127.0.0.1 sends the whole file instead", id="vast"),
@@ -446,13 +446,13 @@ def test_an_address_is_kept_until_it_expires(hub: Hub) -> None:
     repository = opened(hub)
     for offset, signature, servers in [
         (0, 1, ["hub", "cdn"]),
-        (100_000, 1, ["cdn"]),
-        (200_000, 2, ["cdn", "hub", "cdn"]),
+        (300_000, 1, ["cdn"]),
+        (600_000, 2, ["cdn", "hub", "cdn"]),
         (0, 2, ["cdn"]),
     ]:
         hub.signature = signature
         hub.asked.clear()
-        assert read(repository, offset, 70_000) == DATA[offset : offset + 70_000]
+        assert read(repository, offset, 140_000) == DATA[offset : offset + 140_000]
         assert [asked.server for asked in hub.asked] == servers
 
 
