@@ -59,7 +59,7 @@ def test_shards_are_named_as_on_the_hub_and_indexed(shards: int, tmp_path: Path)
     checkpoint = open_checkpoint(tmp_path / "sample")
     assert (checkpoint.problems, checkpoint.notes) == ((), ())
     names = [f"model-{k:05}-of-{shards:05}.safetensors" for k in range(1, shards + 1)]
-    assert [path.name for path in checkpoint.shards] == names
+    assert [shard.name for shard in checkpoint.shards] == names
     index = json.loads((tmp_path / "sample" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: at.file.name for name, at in checkpoint.tensors.items()}
     assert index["metadata"]["total_size"] == sum(at.spec.nbytes for at in checkpoint.tensors.values())

@@ -14,8 +14,8 @@ from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import THREADS, check_output, execute
-from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.files.hub import local_folder
+from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
+from mla_tools.files.hub import locate
 from mla_tools.plan import EmbedQ, Options, Plan, make_plan, make_steps
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.sample import FORMATS, write_sample
@@ -45,8 +45,10 @@ exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage
 
 _CONVERT = """\
 Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
-(config.json, safetensors, tokenizer) or the name of a repository there. Everything that is wrong with
-it is reported in one go before a byte is written; the options mean what they mean to mlx_lm.convert.
+(config.json, safetensors, tokenizer) or the name of a repository there, org/name or
+hf://org/name@revision, of which the tensors are read over the network as they are converted: the source
+needs no disk. Everything that is wrong with it is reported in one go before a byte is written; the
+options mean what they mean to mlx_lm.convert.
 """
 
 _CONVERT_EPILOG = (
@@ -56,6 +58,7 @@ examples:
   mla-sanitize convert GLM-4.7-Flash -q --q-bits 8 --q-group-size 32
   mla-sanitize convert GLM-4.7-Flash -q --q-mode mxfp4
   mla-sanitize convert Kimi-Linear-48B --dtype float16
+  mla-sanitize convert hf://moonshotai/Kimi-Linear-48B-A3B-Instruct@main -q
 
 A quantized source keeps its own encoding unless -q asks for another or -d for none. Of a quantized
 kv_b_proj the V half always keeps its bits; the K half changes its axis, and --embed-q says how it is
@@ -120,11 +123,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _plan_of(args: argparse.Namespace, options: Options) -> Plan:
-    return make_plan(open_checkpoint(local_folder(_source(args), args.revision)), options)
+    return make_plan(_checkpoint(args), options)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(local_folder(_source(args), args.revision))
+    checkpoint = _checkpoint(args)
     stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
     made = make_steps(stored, checkpoint.config, Options(), lost=checkpoint.lost, blind=checkpoint.blind)
     problems = [*checkpoint.problems, *made.problems]
@@ -168,6 +171,10 @@ def _source(args: argparse.Namespace) -> str:
     if len(given) != 1:
         raise UsageError("Name one checkpoint: as SRC, or with --hf-path.")
     return str(given[0])
+
+
+def _checkpoint(args: argparse.Namespace) -> Checkpoint:
+    return open_checkpoint(locate(_source(args), args.revision, download=args.download))
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -286,9 +293,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", nargs="?", help="checkpoint folder or hub repository")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        nargs="?",
+        help="checkpoint folder, or repository on the hub: org/name or hf://org/name@revision",
+    )
     parser.add_argument("--hf-path", "--model", metavar="SRC", help="the same, as mlx_lm.convert calls it")
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="bring a repository into the hub's cache first, instead of reading it by ranges",
+    )
     _add_json(parser)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tools.codecs import MlxQuantized, repacking
 from mla_tools.errors import MlaToolsError
+from mla_tools.files.place import copy
 from mla_tools.files.safetensors import Reader, Writer
 from mla_tools.ops import Slab
 from mla_tools.plan import SLAB_ELEMENTS, Plan, Source, Step
@@ -130,7 +131,7 @@ def execute(
                 writer.finish()
             stack.pop_all()
         for companion in plan.checkpoint.companions:
-            shutil.copyfile(companion, folder / companion.name)
+            copy(companion, folder / companion.name)
         _write_json(folder / "config.json", plan.config)
         write_index(folder, plan)
     except BaseException as error:
@@ -182,6 +183,7 @@ def _run(plan: Plan, writers: Mapping[str, Writer], progress: Progress) -> None:
             for future in pending:
                 progress(future.result())
         except BaseException:
+            plan.checkpoint.place.stop()
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -153,7 +153,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
     return {
         "family": plan.family.name,
         "source": {
-            "path": str(plan.checkpoint.folder),
+            "path": str(plan.checkpoint.place),
             "stored_tensors": len(plan.checkpoint.tensors),
             "bytes": plan.source_nbytes,
         },
@@ -175,7 +175,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         ],
         "dropped": [{"name": drop.source.name, "reason": drop.reason} for drop in plan.drops],
         "files": [{"name": file.name, "bytes": file.layout.size} for file in plan.files],
-        "copied_files": [path.name for path in plan.checkpoint.companions],
+        "copied_files": [file.name for file in plan.checkpoint.companions],
         "bytes": plan.nbytes,
         "parameters": plan.parameters,
         "peak_bytes": plan.peak_bytes(threads),
@@ -217,7 +217,7 @@ def survey_json(checkpoint: Checkpoint, made: Steps) -> dict[str, Any]:
         formats[source.codec.word].update(tensors=1, bytes=nbytes)
     config = checkpoint.config
     return {
-        "path": str(checkpoint.folder),
+        "path": str(checkpoint.place),
         "family": made.family.name,
         "geometry": {key: config[key] for key in _GEOMETRY if config.get(key) is not None},
         "files": len(checkpoint.shards),

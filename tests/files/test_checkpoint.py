@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from attacks.hostile import folder_with_config, index, shard
 
-from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.files.checkpoint import Shard, open_checkpoint
+from mla_tools.files.place import Folder, LocalFile
 from mla_tools.spec import DType, Spec
 
 ONE, TWO, THREE = (f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
@@ -32,14 +34,26 @@ def layers(*numbers: int) -> set[str]:
 
 def test_a_sound_folder(folder: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.folder == folder
+    assert checkpoint.place == Folder(folder)
     assert checkpoint.config["num_hidden_layers"] == 6
     assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5)
-    assert checkpoint.shards == (folder / ONE, folder / TWO, folder / THREE)
+    assert [shard.name for shard in checkpoint.shards] == [ONE, TWO, THREE]
     assert (checkpoint.problems, checkpoint.notes, checkpoint.lost) == ((), (), {})
     stored = checkpoint.tensors["model.layers.3.weight"]
-    assert (stored.file, stored.spec) == (folder / TWO, Spec((2, 4), DType.BF16))
+    assert (stored.file, stored.spec) == (LocalFile(folder / TWO), Spec((2, 4), DType.BF16))
     assert stored.offset == (folder / TWO).stat().st_size - 16
+
+
+def test_a_shard_is_known_by_its_size_and_the_digest_of_its_header(folder: Path) -> None:
+    before = open_checkpoint(folder).shards
+    for path, found in zip((folder / ONE, folder / TWO, folder / THREE), before, strict=True):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        assert found == Shard(path.name, len(data), hashlib.sha256(data[8 : 8 + length]).hexdigest(), "")
+    shard(folder, TWO, "model.layers.3.weight", "model.layers.2.weight")  # the same size, another header
+    after = open_checkpoint(folder).shards
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    assert before[1].size == after[1].size
 
 
 def test_links_into_a_blob_store_are_followed(folder: Path, tmp_path: Path) -> None:
@@ -51,7 +65,7 @@ def test_links_into_a_blob_store_are_followed(folder: Path, tmp_path: Path) -> N
     checkpoint = open_checkpoint(folder)
     assert checkpoint.problems == ()
     assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5)
-    assert checkpoint.shards == (folder / ONE, folder / TWO, folder / THREE)
+    assert [shard.name for shard in checkpoint.shards] == [ONE, TWO, THREE]
 
 
 def test_a_missing_shard_is_one_problem_and_loses_its_tensors(folder: Path) -> None:
@@ -73,7 +87,7 @@ def test_a_damaged_shard_loses_its_tensors(folder: Path) -> None:
     text = "is truncated: 5 bytes are missing at the end"
     assert [(problem.subject, problem.what) for problem in checkpoint.problems] == [(TWO, text)]
     assert checkpoint.lost == dict.fromkeys(layers(2, 3), f"{TWO} is damaged or unreadable: {text}")
-    assert checkpoint.shards == (folder / ONE, folder / THREE)
+    assert [shard.name for shard in checkpoint.shards] == [ONE, THREE]
 
 
 def test_tensors_that_the_index_lacks_are_taken_with_a_note(folder: Path) -> None:
@@ -106,7 +120,7 @@ def test_a_tensor_in_another_shard_is_a_problem_that_says_where(folder: Path) ->
     assert problem.subject == "model.layers.3.weight"
     assert problem.found == f"in {THREE}"
     assert checkpoint.lost == {}
-    assert checkpoint.tensors["model.layers.3.weight"].file == folder / THREE
+    assert checkpoint.tensors["model.layers.3.weight"].file == LocalFile(folder / THREE)
 
 
 def test_a_tensor_of_a_missing_shard_that_lies_elsewhere_is_not_lost(folder: Path) -> None:
@@ -123,7 +137,9 @@ def test_a_tensor_in_two_shards_is_a_problem_that_names_both(folder: Path) -> No
     (problem,) = checkpoint.problems
     assert (problem.subject, problem.what) == ("model.layers.5.weight", "is stored in two files")
     assert problem.found == f"{ONE} and {THREE}"
-    assert checkpoint.tensors["model.layers.5.weight"].file == folder / THREE  # where the index has it
+    assert checkpoint.tensors["model.layers.5.weight"].file == LocalFile(
+        folder / THREE
+    )  # where the index has it
 
 
 def test_files_that_the_index_does_not_name_are_left_out(folder: Path) -> None:
@@ -198,7 +214,7 @@ def test_without_an_index_the_names_decide(
     for file in files:
         shard(folder, file, f"tensor of {file}")
     checkpoint = open_checkpoint(folder)
-    assert [path.name for path in checkpoint.shards] == taken
+    assert [shard.name for shard in checkpoint.shards] == taken
     assert checkpoint.tensors.keys() == {f"tensor of {file}" for file in taken}
     assert checkpoint.notes == ((note,) if note else ())
     assert checkpoint.problems == ()

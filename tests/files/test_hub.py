@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mla_tools.errors import MlaToolsError
-from mla_tools.files.hub import local_folder
+from mla_tools.files.hub import locate
+from mla_tools.files.place import Folder
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +24,14 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["model", "./model", "org/model"])
 def test_a_folder_is_taken_as_it_is(source: str, tmp_path: Path) -> None:
     (tmp_path / source).mkdir(parents=True)
-    assert local_folder(source) == Path(source)
-    assert local_folder(str(tmp_path / source)) == tmp_path / source
+    assert locate(source) == Folder(Path(source))
+    assert locate(str(tmp_path / source)) == Folder(tmp_path / source)
 
 
 def test_the_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
-    assert local_folder("~/model") == tmp_path / "model"
+    assert locate("~/model") == Folder(tmp_path / "model")
 
 
 PATHS = [
@@ -53,13 +54,13 @@ def test_a_path_to_nothing_is_said_to_be_none(source: str, monkeypatch: pytest.M
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(MlaToolsError) as caught:
-        local_folder(source)
+        locate(source)
     assert str(caught.value) == f"{source}: no such folder, and not a repository name such as org/model"
 
 
 def test_a_repository_that_cannot_be_reached_is_said_so() -> None:
     with pytest.raises(MlaToolsError) as caught:
-        local_folder("org/name")
+        locate("org/name")
     text = str(caught.value)
     assert text.startswith("org/name: no such folder, and the repository cannot be downloaded: ")
     assert "offline" in text.lower() or "HF_HUB_OFFLINE" in text
@@ -70,7 +71,7 @@ def test_a_repository_that_cannot_be_reached_is_said_so() -> None:
 )
 def test_a_name_that_no_repository_can_have_is_said_so(source: str) -> None:
     with pytest.raises(MlaToolsError, match="no such folder, and not a repository name"):
-        local_folder(source)
+        locate(source)
 
 
 STRANGE = [
@@ -85,7 +86,7 @@ STRANGE = [
 @pytest.mark.parametrize("source", STRANGE)
 def test_strange_sources_are_errors_and_no_tracebacks(source: str) -> None:
     with pytest.raises(MlaToolsError, match="no such folder"):
-        local_folder(source)
+        locate(source)
 
 
 def test_a_repository_is_asked_for_weights_and_small_files_alone(
@@ -98,7 +99,7 @@ def test_a_repository_is_asked_for_weights_and_small_files_alone(
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert local_folder("org/name", "v2") == tmp_path / "snapshot"
+    assert locate("org/name", "v2", download=True) == Folder(tmp_path / "snapshot")
     assert (asked["repository"], asked["revision"]) == ("org/name", "v2")
     patterns = [Path(pattern) for pattern in asked["allow_patterns"]]
 
@@ -116,4 +117,4 @@ def test_a_repository_is_asked_for_weights_and_small_files_alone(
 
 def test_a_file_is_handed_on_to_whoever_opens_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert local_folder("config.json") == Path("config.json")
+    assert locate("config.json") == Folder(Path("config.json"))

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tools.errors import CheckpointError, MlaToolsError
-from mla_tools.files.safetensors import Layout, Reader, Writer, layout, parse_object, read_header, shown
+from mla_tools.files.place import LocalFile, shown
+from mla_tools.files.safetensors import Layout, Reader, Writer, layout, parse_object, read_header
 from mla_tools.spec import DType, Spec
 
 NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12).filter(
@@ -373,7 +374,7 @@ def test_the_reader_keeps_few_files_open(tmp_path: Path) -> None:
         for path in paths + paths[::-1]:
             assert reader.read(path, 0, 1)[0] == int(path.name)
             assert len(reader._files) <= 3
-        assert list(reader._files) == [paths[2], paths[1], paths[0]]
+        assert list(reader._files) == [LocalFile(path) for path in (paths[2], paths[1], paths[0])]
     assert not reader._files
     with pytest.raises(MlaToolsError, match="the reader is closed"):
         reader.read(paths[0], 0, 1)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 
 from mla_tools.errors import CheckpointError, Problem, fold_names
-from mla_tools.files.safetensors import AGAIN, Header, parse_object, read_header, read_whole, shown
+from mla_tools.files.place import AGAIN, File, Folder, Place, read_whole, shown
+from mla_tools.files.safetensors import Header, parse_object, read_header
 from mla_tools.spec import Spec
 
-__all__ = ["Checkpoint", "Stored", "open_checkpoint"]
+__all__ = ["Checkpoint", "Shard", "Stored", "open_checkpoint"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -40,14 +42,27 @@ _SET = re.compile(r"(.*)-(\d{1,18})-of-(\d{1,18})\.safetensors", re.DOTALL)
 class Stored:
     """Where one stored tensor lies: its file, and its offset in bytes from the start of that file."""
 
-    file: Path
+    file: File
     offset: int
     spec: Spec
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file, and by what it is known again: its size in bytes and the sha256 of its header.
+
+    `tag` is what a repository says about the content (the sha256 of the file, mostly); a folder says nothing.
+    """
+
+    name: str
+    size: int
+    digest: str
+    tag: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of weights, without any of their data.
+    """A folder or a repository of weights, without any of their data.
 
     `shards` are the weight files that were read, `companions` the files to copy beside converted weights
     (tokenizer, chat template, code). `lost` says for a tensor that should be there why it cannot be read;
@@ -55,61 +70,64 @@ class Checkpoint:
     With `problems`, the rest is what could be found out in spite of them.
     """
 
-    folder: Path
+    place: Place
     config: dict[str, object]
     tensors: dict[str, Stored]
-    shards: tuple[Path, ...]
-    companions: tuple[Path, ...]
+    shards: tuple[Shard, ...]
+    companions: tuple[File, ...]
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
     lost: dict[str, str]
     blind: bool = False
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Return what a folder holds, with everything that is wrong with it; only headers are read.
+def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
+    """Return what a folder or a repository holds, with everything that is wrong; only headers are read.
 
     Raises CheckpointError when there is nothing to go on: no folder, no usable config.json, no safetensors.
     """
-    folder = Path(folder)
-    names = _names(folder)
+    if isinstance(place, (str, os.PathLike)):
+        place = Folder(Path(place))
+    names = place.names()
     weights = [name for name in names if name.endswith(SUFFIX)]
     problems: list[Problem] = []
     notes: list[str] = []
     fatal: list[Problem] = []
     try:
-        config = _read_json(folder, names, CONFIG, _MAX_CONFIG, problems)
+        config = _read_json(place, names, CONFIG, _MAX_CONFIG, problems)
     except CheckpointError as error:
         fatal += error.problems
-    places = _read_index(folder, names, problems)
+    places = _read_index(place, names, problems)
     if not weights:
-        fatal.append(_no_weights(folder, names, places))
+        fatal.append(_no_weights(place, names, places))
     chosen = [] if places is not None else _without_index(weights, notes)
     if weights and places is None and not chosen:
         found = _some(weights)
         cause = "An adapter is no model: give the folder of the model, or of the merged model."
-        fatal.append(Problem(str(folder), "holds adapters but no model", "model*.safetensors", found, cause))
+        fatal.append(Problem(str(place), "holds adapters but no model", "model*.safetensors", found, cause))
     if fatal:
         raise CheckpointError(fatal + problems)
     lost: dict[str, str] = {}
     if places is None:
-        headers = _read_headers(folder, chosen, {}, problems, lost)
+        headers = _read_headers(place, chosen, {}, problems, lost)
         problems += _holes(chosen)
         tensors = _gather(headers, {}, problems)
     else:
-        placed = _placed(folder, names, places, problems, lost)
+        placed = _placed(place, names, places, problems, lost)
         if left_out := [name for name in weights if name not in placed]:
             notes.append(f"{_some(left_out)}: not named by the index, left out")
         present = [name for name in placed if name in names]
-        headers = _read_headers(folder, present, placed, problems, lost)
+        headers = _read_headers(place, present, placed, problems, lost)
         tensors = _gather(headers, places, problems)
         _compare(headers, tensors, places, placed, problems, notes, lost)
     return Checkpoint(
-        folder=folder,
+        place=place,
         config=config,
         tensors=tensors,
-        shards=tuple(header.path for header in headers.values()),
-        companions=_companions(folder, names, notes),
+        shards=tuple(
+            Shard(file, header.size, header.digest, place.tag(file)) for file, header in headers.items()
+        ),
+        companions=_companions(place, names, notes),
         notes=tuple(notes),
         problems=tuple(problems),
         lost=lost,
@@ -117,31 +135,16 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def _names(folder: Path) -> list[str]:
-    """Return the names in a folder in order, without hidden files ("._x" is what macOS adds to archives)."""
-    try:
-        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    except FileNotFoundError:
-        problem = Problem(str(folder), "there is no such folder", cause="Check the path.")
-    except NotADirectoryError:
-        cause = "Give the folder that holds config.json and the weights."
-        problem = Problem(str(folder), "is not a folder", cause=cause)
-    except (OSError, ValueError) as error:
-        text = error.strerror if isinstance(error, OSError) else str(error)
-        problem = Problem(shown(str(folder)), "cannot be read", found=text or type(error).__name__)
-    raise CheckpointError([problem])
-
-
 def _read_json(
-    folder: Path, names: Iterable[str], name: str, limit: int, problems: list[Problem]
+    place: Place, names: Iterable[str], name: str, limit: int, problems: list[Problem]
 ) -> dict[str, object]:
     """Return the object in a JSON file; a key that is there twice is a problem, no object an error."""
     if name not in names:
         cause = "Give the folder that holds config.json and the weights."
-        if (folder / "snapshots").is_dir():
+        if "snapshots" in names and place.kind("snapshots") == "folder":
             cause = "This is a hub cache: give one of the folders in its folder snapshots."
-        raise CheckpointError([Problem(str(folder), f"there is no {name} in it", cause=cause)])
-    data = read_whole(folder / name, limit)
+        raise CheckpointError([Problem(str(place), f"there is no {name} in it", cause=cause)])
+    data = read_whole(place.file(name), limit)
     try:
         value, twice = parse_object(data)
     except ValueError as error:
@@ -152,7 +155,7 @@ def _read_json(
     return value
 
 
-def _read_index(folder: Path, names: Sequence[str], problems: list[Problem]) -> dict[str, str] | None:
+def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> dict[str, str] | None:
     """Return the index as tensor name -> file name as it stands there, None without a usable one."""
     found = [name for name in names if name.endswith(f"{SUFFIX}.index.json")]
     if not found:
@@ -161,11 +164,11 @@ def _read_index(folder: Path, names: Sequence[str], problems: list[Problem]) -> 
         found = [INDEX]
     if len(found) > 1:
         cause = f"Keep the one that belongs to the model, as {INDEX}."
-        problems.append(Problem(str(folder), "has several indexes", INDEX, _some(found), cause))
+        problems.append(Problem(str(place), "has several indexes", INDEX, _some(found), cause))
         return None
     (index,) = found
     try:
-        weight_map = _read_json(folder, names, index, _MAX_INDEX, problems).get("weight_map")
+        weight_map = _read_json(place, names, index, _MAX_INDEX, problems).get("weight_map")
     except CheckpointError as error:
         problems += error.problems
         return None
@@ -182,7 +185,7 @@ def _read_index(folder: Path, names: Sequence[str], problems: list[Problem]) -> 
 
 
 def _placed(
-    folder: Path, names: Sequence[str], places: dict[str, str], problems: list[Problem], lost: dict[str, str]
+    place: Place, names: Sequence[str], places: dict[str, str], problems: list[Problem], lost: dict[str, str]
 ) -> dict[str, list[str]]:
     """Return file -> the tensors that the index places in it, in order, for the plain file names alone.
 
@@ -206,7 +209,7 @@ def _placed(
                 shown(file),
                 "is listed in the index but is not in the folder",
                 needed=f"the file, with {_tensors(tensors)}",
-                cause=f"Download it into {folder}.",
+                cause=f"Download it into {place}." if place.local else "The repository is incomplete.",
             )
         else:
             continue
@@ -270,7 +273,7 @@ def _holes(files: Sequence[str]) -> list[Problem]:
 
 
 def _read_headers(
-    folder: Path,
+    place: Place,
     files: Iterable[str],
     placed: dict[str, list[str]],
     problems: list[Problem],
@@ -278,17 +281,36 @@ def _read_headers(
 ) -> dict[str, Header]:
     """Return file -> header for the sound files; a damaged one loses the tensors placed in it."""
     headers = {}
-    for file in files:
-        try:
-            headers[file] = read_header(folder / file)
-        except CheckpointError as error:
-            problems += error.problems
-            first = error.problems[0]
-            text = first.what if first.subject == shown(file) else f"{first.subject}: {first.what}"
-            lost.update(
-                dict.fromkeys(placed.get(file, ()), f"{shown(file)} is damaged or unreadable: {text}")
-            )
+    for file, found in _each_header(place, list(files)):
+        if isinstance(found, Header):
+            headers[file] = found
+            continue
+        problems += found.problems
+        first = found.problems[0]
+        text = first.what if first.subject == shown(file) else f"{first.subject}: {first.what}"
+        lost.update(dict.fromkeys(placed.get(file, ()), f"{shown(file)} is damaged or unreadable: {text}"))
     return headers
+
+
+def _each_header(place: Place, files: Sequence[str]) -> Iterator[tuple[str, Header | CheckpointError]]:
+    """Yield each file with its header, or with what is wrong with it."""
+
+    def read(file: str) -> Header | CheckpointError:
+        try:
+            return read_header(place.file(file))
+        except CheckpointError as error:
+            return error
+
+    if place.readers == 1:
+        yield from ((file, read(file)) for file in files)
+        return
+    with ThreadPoolExecutor(place.readers) as pool:
+        try:
+            yield from zip(files, pool.map(read, files), strict=True)
+        except BaseException:
+            place.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _gather(headers: dict[str, Header], places: dict[str, str], problems: list[Problem]) -> dict[str, Stored]:
@@ -300,10 +322,9 @@ def _gather(headers: dict[str, Header], places: dict[str, str], problems: list[P
             found = f"{shown(first)} and {shown(file)}"
             cause = "Remove the file that does not belong to this model."
             problems.append(Problem(shown(name), "is stored in two files", "one place", found, cause))
-        path = header.path
         for name, entry in header.entries.items():
             if name not in tensors or places.get(name) == file:
-                tensors[name] = Stored(path, entry.offset, entry.spec)
+                tensors[name] = Stored(header.file, entry.offset, entry.spec)
     return tensors
 
 
@@ -338,7 +359,7 @@ def _compare(
             )
 
 
-def _companions(folder: Path, names: Iterable[str], notes: list[str]) -> tuple[Path, ...]:
+def _companions(place: Place, names: Iterable[str], notes: list[str]) -> tuple[File, ...]:
     """Return the files to copy beside the weights; a note tells of a link to nowhere."""
     found = []
     for name in names:
@@ -350,19 +371,22 @@ def _companions(folder: Path, names: Iterable[str], notes: list[str]) -> tuple[P
                 f"{shown(name)} describes the quantization that the checkpoint came with, not copied"
             )
             continue
-        path = folder / name
-        if path.is_file():
-            found.append(path)
-        elif path.is_symlink() and not path.exists():
+        kind = place.kind(name)
+        if kind == "file":
+            found.append(place.file(name))
+        elif kind == "gone":
             notes.append(f"{shown(name)} is a link to a file that is gone, not copied")
     return tuple(found)
 
 
-def _no_weights(folder: Path, names: Iterable[str], places: dict[str, str] | None) -> Problem:
-    """Return the problem of a folder without any safetensors file, and what to do about it."""
+def _no_weights(place: Place, names: Iterable[str], places: dict[str, str] | None) -> Problem:
+    """Return the problem of a place without any safetensors file, and what to do about it."""
     pickles = [name for name in names if name.endswith(_PICKLES)]
     ggufs = [name for name in names if name.endswith(".gguf")]
-    found, cause = "", "Download the weights into this folder."
+    found = ""
+    cause = (
+        "Download the weights into this folder." if place.local else "Name another repository or revision."
+    )
     if pickles:
         found = _some(pickles)
         cause = "Pickle files are refused, because loading one can run code: convert to safetensors first."
@@ -371,7 +395,7 @@ def _no_weights(folder: Path, names: Iterable[str], places: dict[str, str] | Non
         cause = "A folder of GGUF files is no safetensors checkpoint: download the safetensors version."
     elif places:
         found = f"an index that names {len(set(places.values())):,} files, none of which is there"
-    return Problem(str(folder), "holds no safetensors files", "model*.safetensors", found, cause)
+    return Problem(str(place), "holds no safetensors files", "model*.safetensors", found, cause)
 
 
 def _some(names: Sequence[str]) -> str:

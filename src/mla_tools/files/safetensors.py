@@ -8,11 +8,11 @@ ever allocated. Source: the safetensors format description.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import reprlib
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
+from mla_tools.files.place import AGAIN, File, OpenFile, as_file, shown
 from mla_tools.spec import DType, Spec
 
 __all__ = [
@@ -37,13 +38,9 @@ __all__ = [
     "layout",
     "parse_object",
     "read_header",
-    "read_whole",
-    "shown",
 ]
 
 METADATA = "__metadata__"
-AGAIN = "Download the file again; an interrupted download leaves files like this."
-
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MAX_HEADER = 100_000_000  # what the safetensors library accepts
@@ -51,7 +48,7 @@ _MAX_NAME = 4096
 _MAX_AXES = 64  # numpy's limit; it also bounds the work that a product of the axes can make
 _MAX_NUMBER = 1 << 63
 _MAX_PROBLEMS = 10_000
-_MAX_TRANSFER = 1 << 30  # macOS refuses a single read or write of 2 GiB and more
+_MAX_TRANSFER = 1 << 30  # macOS refuses a single write of 2 GiB and more
 
 _KEYS = {"dtype", "shape", "data_offsets"}
 _DTYPES = DType.__members__
@@ -71,54 +68,58 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The checked header of one file: what it holds and where; `size` is that of the file in bytes."""
+    """The checked header of one file: what it holds and where.
 
-    path: Path
+    `size` is that of the file in bytes, `digest` the sha256 of the header's JSON as it stands there, in hex.
+    """
+
+    file: File
     entries: dict[str, Entry]
     metadata: dict[str, str]
     size: int
+    digest: str
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(file: File | str | os.PathLike[str]) -> Header:
     """Return the header of a safetensors file, after checking all of it against the file's size.
 
     Raises CheckpointError with every problem of the file. No tensor data is read.
     """
-    path = Path(path)
-    file = shown(path.name)
-    fd, size = _open_regular(path)
+    source = as_file(file)
+    name = shown(source.name)
+    opened = source.open()
     try:
-        raw = _read_raw_header(fd, file, size)
-    except OSError as error:
-        raise CheckpointError([_unreadable(file, error)]) from error
+        size = opened.size
+        raw = _read_raw_header(opened, name)
     finally:
-        os.close(fd)
+        opened.close()
     try:
         if not raw.startswith(b"{"):
             raise ValueError("does not start with '{'")
         table, twice = parse_object(raw)
     except ValueError as error:
-        problem = Problem(file, f"is not a safetensors file: its header {error}", cause=AGAIN)
+        problem = Problem(name, f"is not a safetensors file: its header {error}", cause=AGAIN)
         raise CheckpointError([problem]) from error
-    problems = [Problem(file, f"the header has the key {shown(key)} twice", cause=AGAIN) for key in twice]
+    problems = [Problem(name, f"the header has the key {shown(key)} twice", cause=AGAIN) for key in twice]
     # mx.save_safetensors writes null where it is given no metadata.
     metadata = table.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
-    entries = _check_entries(table, file, _LENGTH_BYTES + len(raw), size, problems)
+    entries = _check_entries(table, name, _LENGTH_BYTES + len(raw), size, problems)
     if type(metadata) is not dict or not all(map(_is_text, [*metadata, *metadata.values()])):
         found = _clip.repr(metadata)
-        problems.append(Problem(file, f"{METADATA} is not an object of strings", found=found, cause=AGAIN))
+        problems.append(Problem(name, f"{METADATA} is not an object of strings", found=found, cause=AGAIN))
     if problems:
         if len(problems) > _MAX_PROBLEMS:
             more = f"has {len(problems) - _MAX_PROBLEMS:,} more problems than are listed here"
-            problems[_MAX_PROBLEMS:] = [Problem(file, more)]
+            problems[_MAX_PROBLEMS:] = [Problem(name, more)]
         raise CheckpointError(problems)
-    return Header(path, entries, metadata, size)
+    return Header(source, entries, metadata, size, hashlib.sha256(raw).hexdigest())
 
 
-def _read_raw_header(fd: int, file: str, size: int) -> bytes:
+def _read_raw_header(opened: OpenFile, file: str) -> bytes:
     """Return the bytes of the JSON header; its length is compared with the file's size first."""
-    head = os.pread(fd, 64, 0)
+    size = opened.size
+    head = opened.read(0, min(64, size)).tobytes()
     problem = None
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if head.startswith(b"version https://git-lfs"):
@@ -153,12 +154,7 @@ def _read_raw_header(fd: int, file: str, size: int) -> bytes:
         )
     if problem:
         raise CheckpointError([problem])
-    raw = bytearray()
-    while piece := os.pread(fd, length - len(raw), _LENGTH_BYTES + len(raw)):
-        raw += piece
-        if len(raw) == length:
-            return bytes(raw)
-    raise CheckpointError([Problem(file, "became shorter while it was read")])
+    return opened.read(_LENGTH_BYTES, length).tobytes()
 
 
 def _check_entries(
@@ -268,14 +264,6 @@ _clip.maxlist = _clip.maxdict = 8
 _clip.maxlevel = 3
 
 
-def shown(name: str) -> str:
-    """Return a name as it can stand in a message: itself, or escaped and shortened if it is strange."""
-    if name and len(name) <= 256 and name.isprintable():
-        return name
-    text = ascii(name[:256])
-    return text if len(name) <= 256 else f"{text}... ({len(name):,} characters)"
-
-
 def _count(number: int) -> str:
     """Return a number with thousands separators, or its order of magnitude when it is absurd."""
     return f"{number:,}" if number < _MAX_NUMBER else f"about 2^{number.bit_length() - 1}"
@@ -306,43 +294,6 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
     if type(value) is not dict:
         raise ValueError("is not a JSON object")
     return value, twice
-
-
-def read_whole(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file of at most `limit` bytes; raises CheckpointError otherwise."""
-    fd, size = _open_regular(path)
-    with os.fdopen(fd, "rb") as file:
-        if size > limit:
-            needed, found = f"at most {limit:,} bytes", f"{size:,} bytes"
-            raise CheckpointError([Problem(shown(path.name), "is too large for what it is", needed, found)])
-        try:
-            return file.read(limit)
-        except OSError as error:
-            raise CheckpointError([_unreadable(shown(path.name), error)]) from error
-
-
-def _open_regular(path: Path) -> tuple[int, int]:
-    """Return the descriptor and the size of a regular file opened for reading."""
-    file = shown(path.name)
-    try:
-        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise CheckpointError([_unreadable(file, error)]) from error
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        return fd, status.st_size
-    os.close(fd)
-    found = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-    raise CheckpointError([Problem(file, "is not a regular file", found=found)])
-
-
-def _unreadable(file: str, error: Exception) -> Problem:
-    if isinstance(error, FileNotFoundError):
-        return Problem(file, "is not there", cause="Check the path; a link may lead to a file that is gone.")
-    text = error.strerror if isinstance(error, OSError) else str(error)
-    cause = "Check the permissions and the disk that holds it."
-    return Problem(file, "cannot be read", found=text or type(error).__name__, cause=cause)
 
 
 @dataclass(frozen=True)
@@ -555,13 +506,13 @@ class Writer:
         return MlaToolsError(f"{self.path} cannot be written: {error.strerror}; {advice}")
 
 
-class _OpenFile:
-    """An open file of a Reader: its descriptor, its size when opened, and how many reads use it now."""
+class _Used:
+    """An open file of a Reader, and how many reads use it now."""
 
-    __slots__ = ("fd", "size", "users")
+    __slots__ = ("opened", "users")
 
-    def __init__(self, fd: int, size: int) -> None:
-        self.fd, self.size, self.users = fd, size, 0
+    def __init__(self, opened: OpenFile) -> None:
+        self.opened, self.users = opened, 0
 
 
 class Reader:
@@ -570,25 +521,13 @@ class Reader:
     def __init__(self, limit: int = 64) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._files: OrderedDict[File, _Used] = OrderedDict()
         self._closed = False
 
-    def read(self, path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
+    def read(self, file: File | str | os.PathLike[str], offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return `nbytes` bytes from byte `offset` of a file; raises CheckpointError if it ends before."""
-        with self._use(path) as file:
-            if not (offset >= 0 and nbytes >= 0 and offset + nbytes <= file.size):
-                raise CheckpointError([_cut_short(path, offset, nbytes, file.size)])
-            data = np.empty(nbytes, np.uint8)
-            view, done = data.data, 0
-            while done < nbytes:
-                try:
-                    count = os.preadv(file.fd, [view[done : done + _MAX_TRANSFER]], offset + done)
-                except OSError as error:
-                    raise CheckpointError([_unreadable(shown(path.name), error)]) from error
-                if count == 0:
-                    raise CheckpointError([_cut_short(path, offset, nbytes, offset + done)])
-                done += count
-            return data
+        with self._use(as_file(file)) as opened:
+            return opened.read(offset, nbytes)
 
     def close(self) -> None:
         """Close every file; reads that are under way end first, later ones are refused."""
@@ -605,34 +544,28 @@ class Reader:
         self.close()
 
     @contextmanager
-    def _use(self, path: Path) -> Iterator[_OpenFile]:
+    def _use(self, file: File) -> Iterator[OpenFile]:
         with self._lock:
             if self._closed:
-                raise MlaToolsError(f"{path} cannot be read: the reader is closed")
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = _OpenFile(*_open_regular(path))
+                raise MlaToolsError(f"{shown(file.name)} cannot be read: the reader is closed")
+            used = self._files.get(file)
+            if used is None:
+                used = self._files[file] = _Used(file.open())
             else:
-                self._files.move_to_end(path)
-            file.users += 1
+                self._files.move_to_end(file)
+            used.users += 1
             self._trim()
         try:
-            yield file
+            yield used.opened
         finally:
             with self._lock:
-                file.users -= 1
+                used.users -= 1
                 self._trim()
 
     def _trim(self) -> None:
         # A file in use stays open: its descriptor, once closed, could be given to another file.
         excess = len(self._files) - self._limit
         if excess > 0:
-            idle = [path for path, file in self._files.items() if not file.users]
-            for path in idle[:excess]:
-                os.close(self._files.pop(path).fd)
-
-
-def _cut_short(path: Path, offset: int, nbytes: int, size: int) -> Problem:
-    needed, found = f"bytes {offset:,} to {offset + nbytes:,}", f"{size:,} bytes"
-    cause = "It became shorter since its header was read. " + AGAIN
-    return Problem(shown(path.name), "truncated while reading", needed, found, cause)
+            idle = [file for file, used in self._files.items() if not used.users]
+            for file in idle[:excess]:
+                self._files.pop(file).opened.close()
