@@ -32,6 +32,7 @@ from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_n
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.ops import Op, Same
+from mla_tools.precision import expected_error
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Match, Param, Rule, Table, short
 from mla_tools.rules import name as template
@@ -41,6 +42,7 @@ __all__ = [
     "SLAB_ELEMENTS",
     "Drop",
     "EmbedQ",
+    "EmbedQCost",
     "Exactness",
     "Options",
     "OutputFile",
@@ -164,6 +166,22 @@ class Drop:
     reason: str
 
 
+@dataclass(frozen=True)
+class EmbedQCost:
+    """What the choice of --embed-q costs for tensors of one encoding: bytes, and the expected error of K.
+
+    The errors are parts of the norm of K: of this choice, and of "source" and "float". None: not measured.
+    """
+
+    before: str
+    after: str
+    tensors: int
+    nbytes: int
+    error: float | None
+    error_as_source: float | None
+    error_as_float: float | None
+
+
 @dataclass
 class Steps:
     """What becomes of each tensor, with everything that was found wrong or worth saying on the way."""
@@ -213,6 +231,11 @@ class Plan:
     def source_nbytes(self) -> int:
         """The bytes of tensor data in the checkpoint."""
         return sum(stored.spec.nbytes for stored in self.checkpoint.tensors.values())
+
+    @property
+    def embed_q_costs(self) -> tuple[EmbedQCost, ...]:
+        """What the K halves of packed kv_b_proj become, in bytes and precision."""
+        return _embed_q_costs(self.steps)
 
     def peak_bytes(self, threads: int) -> int:
         """Return the bytes that the slabs of all threads may take at once, the interpreter aside."""
@@ -337,7 +360,7 @@ def _make_steps(
     if made.steps and all(_is_there(step) for step in made.steps):
         made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
     _say_what_stays_dense(made, targets, options)
-    _say_what_embed_q_costs(made)
+    made.notes += map(_cost_text, _embed_q_costs(made.steps))
     return made
 
 
@@ -659,20 +682,48 @@ def _say_what_stays_dense(
         )
 
 
-def _say_what_embed_q_costs(made: Steps) -> None:
-    """Note what becomes of packed rows that have to be decoded because their axis changes."""
-    sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for step in made.steps:
+def _embed_q_costs(steps: Sequence[Step]) -> tuple[EmbedQCost, ...]:
+    """Return what becomes of packed rows that have to be decoded because their axis changes."""
+    sizes: dict[tuple[Codec, Codec, DType], list[int]] = defaultdict(list)
+    for step in steps:
         source = step.sources[0].codec
         for output, target in enumerate(step.targets):
             if source.kept is not None and not step.op.keeps_last_axis(output):
                 nbytes = sum(spec.nbytes for spec in target.stored().values())
-                sizes[source.word, target.codec.word].append(nbytes)
-    for (before, after), each in sizes.items():
-        made.notes.append(
-            f"the K half of kv_b_proj changes its axis: {before} is decoded and stored as {after}, "
-            f"{sum(each):,} bytes in {len(each)} tensors (--embed-q)"
+                sizes[source, target.codec, target.spec.dtype].append(nbytes)
+    return tuple(
+        EmbedQCost(
+            source.word,
+            target.word,
+            len(each),
+            sum(each),
+            _k_error(source, target.spec if isinstance(target, MlxQuantized) else None, dtype),
+            _k_error(source, source.kept.spec, dtype),
+            _k_error(source, None, dtype),
         )
+        for (source, target, dtype), each in sizes.items()
+        if source.kept is not None
+    )
+
+
+def _k_error(source: Codec, target: QuantSpec | None, dtype: DType) -> float | None:
+    assert source.kept is not None
+    in_dtype = isinstance(source, MlxQuantized) and source.dtype is dtype
+    return expected_error(source.kept.spec, target, dtype, decoded_in_dtype=in_dtype)
+
+
+def _cost_text(cost: EmbedQCost) -> str:
+    if cost.error is None:
+        error = "not measured for this source"
+    else:
+        error = (
+            f"about {cost.error:.2g} of its norm (source: {cost.error_as_source:.2g}, "
+            f"float: {cost.error_as_float:.2g})"
+        )
+    return (
+        f"the K half of kv_b_proj changes its axis: {cost.before} is decoded and stored as {cost.after}, "
+        f"{cost.nbytes:,} bytes in {cost.tensors} tensors; expected error of K: {error} (--embed-q)"
+    )
 
 
 # --- the output --------------------------------------------------------------------------------------
