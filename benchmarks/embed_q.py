@@ -27,11 +27,11 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     dtype = DType[(sys.argv[1:] or ["bf16"])[0].upper()]
     targets = [*SPECS, None]
-    print(f"{'':24}" + "".join(f"{column(target):>11}" for target in targets))
+    print(f"{'':24}" + "".join(f"{column(target):>13}" for target in targets))
     for source in SPECS:
         expected = [expected_error(source, target, dtype) for target in targets]
-        print(f"{source!s:24}" + "".join(f"{measured(source, t, dtype):11.5f}" for t in targets))
-        print(f"{'  expected':24}" + "".join(f"{'-' if e is None else f'{e:.5f}':>11}" for e in expected))
+        print(f"{source!s:24}" + "".join(f"{measured(source, t, dtype):13.5f}" for t in targets))
+        print(f"{'  expected':24}" + "".join(f"{'-' if e is None else f'{e:.5f}':>13}" for e in expected))
 
 
 def column(target: QuantSpec | None) -> str:

@@ -83,7 +83,8 @@ class Options:
     half of a quantized kv_b_proj, whose groups lie across the new axis: encoded like the source, with
     a QuantSpec of its own, or left in floats.
     `overrides`: pairs of a regular expression and what becomes of the modules in whose path it is found,
-    None for floats; the last that is found counts.
+    None for floats; the last that is found counts. `keep_vision`: the tensors for images are copied;
+    mlx-lm's classes leave them out when they load.
     """
 
     quantize: QuantSpec | None = None
@@ -92,6 +93,7 @@ class Options:
     dequantize: bool = False
     embed_q: EmbedQ = field(default_factory=lambda: QuantSpec("affine", 8, 32))
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+    keep_vision: bool = False
 
     def __post_init__(self) -> None:
         if self.quantize and self.dequantize:
@@ -196,6 +198,8 @@ class Steps:
     named: set[str]
     # The patterns of the overrides that were found in a path.
     overridden: set[str]
+    # The stored tensors for images that are kept, which mlx-lm's class does not have as parameters.
+    images: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,7 @@ class Plan:
     config_changes: tuple[str, ...]
     notes: tuple[str, ...]
     parameters: int
+    images: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -231,6 +236,12 @@ class Plan:
     def source_nbytes(self) -> int:
         """The bytes of tensor data in the checkpoint."""
         return sum(stored.spec.nbytes for stored in self.checkpoint.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that mlx-lm's class must declare as parameters, with their shapes."""
+        written = {name: spec.shape for file in self.files for name, spec in file.tensors.items()}
+        return {name: shape for name, shape in written.items() if name not in self.images}
 
     @property
     def embed_q_costs(self) -> tuple[EmbedQCost, ...]:
@@ -260,6 +271,10 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
             f"--q-override {', '.join(idle)}: decides on no module. A path looks like"
             " model.layers.3.self_attn.embed_q; the last override that is found in a path counts."
         )
+    if options.keep_vision and not made.images:
+        raise UsageError(
+            f"--keep-vision: there are no tensors for images here that could be kept ({made.family.name})."
+        )
     new_config = _output_config(config, made, options)
     return Plan(
         checkpoint,
@@ -272,6 +287,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         _changes(config, new_config),
         (*checkpoint.notes, *made.notes),
         sum(target.spec.size for step in made.steps for target in step.targets),
+        frozenset(made.images),
     )
 
 
@@ -324,7 +340,10 @@ def _make_steps(
         if rule is None:
             drop = table.drop(match)
             shape = drop.shape
-            made.drops.append(Drop(source, drop.reason))
+            if options.keep_vision and drop.image is not None:
+                made.steps.append(_kept(source, drop.source, drop.image, made))
+            else:
+                made.drops.append(Drop(source, drop.reason))
         else:
             shape = rule.shapes[match.position]
             key, slot = table.slot(match)
@@ -360,6 +379,11 @@ def _make_steps(
     if made.steps and all(_is_there(step) for step in made.steps):
         made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
     _say_what_stays_dense(made, targets, options)
+    if made.images:
+        modules = ", ".join(sorted({name.partition(".")[0] for name in made.images}))
+        made.notes.append(
+            f"kept as they are, {len(made.images):,} tensors under {modules}: {made.family.images}"
+        )
     made.notes += map(_cost_text, _embed_q_costs(made.steps))
     return made
 
@@ -460,6 +484,20 @@ def _step(
         exactness = _exactness(sources, codec, dtype, moved)
         targets.append(Target(name, Spec(spec.shape, dtype), codec, parts, exactness, moved))
     return Step(rule.op, sources, tuple(targets))
+
+
+def _kept(source: Source, place: str, image: str, made: Steps) -> Step:
+    """Return the step of a tensor for images: its bits, or its numbers where MLX has no such format."""
+    name = image + source.name.removeprefix(place)
+    codec = Dense(source.spec.dtype)
+    moved = source.codec == codec
+    exactness = _exactness([source], codec, source.spec.dtype, moved)
+    if name in made.images:
+        made.problems.append(
+            Problem(name, "is there twice", "one of them", cause="The checkpoint mixes two layouts.")
+        )
+    made.images.add(name)
+    return Step(Same(), (source,), (Target(name, source.spec, codec, {"weight": name}, exactness, moved),))
 
 
 def _choose(
@@ -765,16 +803,23 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
     """Return the config.json that mlx-lm reads the output with, keys sorted as mlx-lm writes them."""
     new = copy.deepcopy(made.family.rewritten(config))
     old = new.pop("quantization", None)
-    # The vision modules are dropped, and with this key some readers would look for them.
-    for key in ("quantization_config", "_name_or_path", "vision_config"):
+    for key in ("quantization_config", "_name_or_path"):
         new.pop(key, None)
-    if made.family.section:
-        new[made.family.section].pop("quantization_config", None)
+    if not options.keep_vision:
+        # With this key some readers would look for the modules that are left out.
+        new.pop("vision_config", None)
+    if place := made.family.place(config):
+        new[place].pop("quantization_config", None)
     if options.dtype is not None:
         new["torch_dtype"] = next(name for name, dtype in _DTYPE_NAMES.items() if dtype is options.dtype)
-    if made.quantized:
-        default = options.quantize or _source_default(old, made)
-        section: dict[str, Any] = dict(default.config)
+    images = _image_entries(old, made)
+    if made.quantized or images:
+        section: dict[str, Any] = _default_entry(old)
+        default = options.quantize
+        if made.quantized:
+            default = default or _source_default(old, made)
+            section = dict(default.config)
+        section |= images
         for path in sorted(made.quantized, key=_natural):
             spec = made.quantized[path]
             if spec != default or path in made.named:
@@ -783,6 +828,21 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
         # The second name is what the hub shows a model's quantization by.
         new["quantization_config"] = copy.deepcopy(section)
     return dict(sorted(new.items()))
+
+
+def _default_entry(old: object) -> dict[str, Any]:
+    """Return what an MLX source's config says of modules that it does not name."""
+    given = old if isinstance(old, Mapping) else {}
+    return {"mode": "affine"} | {key: given[key] for key in ("group_size", "bits", "mode") if given.get(key)}
+
+
+def _image_entries(old: object, made: Steps) -> dict[str, Any]:
+    """Return the entries of modules for images that are kept with MLX's quantization."""
+    paths = (name.removesuffix(".scales") for name in made.images if name.endswith(".scales"))
+    given = old if isinstance(old, Mapping) else {}
+    entries = {path: given.get(path, True) for path in sorted(paths, key=_natural)}
+    default = _default_entry(old)
+    return {path: entry if isinstance(entry, Mapping) else default for path, entry in entries.items()}
 
 
 def _source_default(old: object, made: Steps) -> QuantSpec:
