@@ -28,7 +28,7 @@ from mla_tools.codecs import (
     part_name,
     repacking,
 )
-from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_names
+from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_indices, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.ops import Op, Same
@@ -355,6 +355,7 @@ def _make_steps(
         ):
             made.problems.append(_misshapen(source, shape))
     _check_markers(table, made, lost)
+    _say_how_many_mtp_layers(table, made, config)
 
     targets = table.targets()
     makers: dict[str, Rule] = {}
@@ -384,6 +385,7 @@ def _make_steps(
         made.notes.append(
             f"kept as they are, {len(made.images):,} tensors under {modules}: {made.family.images}"
         )
+    _say_where_quantization_disagrees(made, config)
     made.notes += map(_cost_text, _embed_q_costs(made.steps))
     return made
 
@@ -642,6 +644,60 @@ def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
             )
 
 
+def _say_how_many_mtp_layers(table: Table, made: Steps, config: Mapping[str, Any]) -> None:
+    """Note a num_nextn_predict_layers that is not the number of such layers; they are dropped anyway."""
+    key = "num_nextn_predict_layers"
+    said = made.family.numbers(config).get(key)
+    layers = set()
+    for dropped in made.drops:
+        match = table.lookup(dropped.source.name)
+        drop = table.drop(match) if match and table.rule(match) is None else None
+        if drop is not None and drop.marker is not None and match is not None:
+            layers.add(match.values[0])
+    if layers and said is not None and said != len(layers):
+        made.notes.append(
+            f"{key} is {said!r} in config.json, and the tensors hold {len(layers)}: layers"
+            f" {fold_indices(layers)}, dropped"
+        )
+
+
+def _say_where_quantization_disagrees(made: Steps, config: Mapping[str, Any]) -> None:
+    """Note what config.json says about MLX's quantization and the tensors do not bear out."""
+    given = config.get("quantization")
+    other = config.get("quantization_config")
+    if not isinstance(given, Mapping):
+        return
+    # With a quant_method it is the section of another format, which the codecs read.
+    if isinstance(other, Mapping) and "quant_method" not in other and other != given:
+        made.notes.append(
+            f"quantization ({_brief(given)}) and quantization_config ({_brief(other)}) in config.json"
+            " disagree; mlx_lm.load uses the first. The output has what the tensors are"
+        )
+    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for step in made.steps:
+        for source in step.sources:
+            if isinstance(source.codec, MlxQuantized):
+                paths = (source.label, *(short(target.name) for target in step.targets))
+                entry = next((given[path] for path in paths if isinstance(given.get(path), Mapping)), given)
+                said = _entry_text(entry)
+                if said != str(source.codec.spec):
+                    wrong[said, source.codec.word].append(source.label)
+    for (text, word), names in wrong.items():
+        made.notes.append(
+            f"quantization in config.json says {text} and the tensors are {word}, which counts: "
+            + ", ".join(fold_names(names))
+        )
+
+
+def _entry_text(entry: Mapping[str, Any]) -> str:
+    """Return the quantization that mlx_lm.load takes from an entry, with the mode's defaults."""
+    given = {key: entry.get(key) for key in ("mode", "bits", "group_size")}
+    try:
+        return str(QuantSpec(given["mode"] or "affine", given["bits"], given["group_size"]))
+    except UsageError:
+        return str(given)
+
+
 def _doubled(name: str, rule: Rule, other: Rule, key: tuple[int, ...]) -> Problem:
     known = dict(zip(rule.shared, key, strict=True))
     origins = sorted(short(template(r.source[0]).fold(known, r.where)) for r in (other, rule))
@@ -853,7 +909,7 @@ def _source_default(old: object, made: Steps) -> QuantSpec:
     counted = Counter(moved or made.quantized.values())
     if isinstance(old, Mapping):
         for spec in counted:
-            if all(old.get(key, "affine") == value for key, value in spec.config.items()):
+            if all((old.get(key) or "affine") == value for key, value in spec.config.items()):
                 return spec
     return counted.most_common(1)[0][0]
 

@@ -97,8 +97,7 @@ def latent_moe(g: Geometry, layers: Domain) -> list[Rule]:
 def decoder(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     layers, hidden = g.layers(), g.dim("hidden_size")
     everywhere: blocks.Where = {"l": layers}
-    # The lists count layers from 1.
-    kda = frozenset(n - 1 for n in g.section("linear_attn_config").numbers("kda_layers", below=layers.stop))
+    kda = kimi_linear.kda_layers(g)
     mla: blocks.Where = {"l": frozenset(layers) - kda}
     dense, sparse = g.moe_layers("num_experts")
     tied = g.flag("tie_word_embeddings")
