@@ -385,6 +385,12 @@ def _make_steps(
         made.notes.append(
             f"kept as they are, {len(made.images):,} tensors under {modules}: {made.family.images}"
         )
+    words = Counter(target.exactness for step in made.steps for target in step.targets)
+    if options.quantize is not None and words["requantized"]:
+        made.notes.append(
+            f"requantized, from a quantized source to another quantization: {words['requantized']:,} of"
+            f" {words.total():,} tensors"
+        )
     _say_where_quantization_disagrees(made, config)
     made.notes += map(_cost_text, _embed_q_costs(made.steps))
     return made
