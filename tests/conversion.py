@@ -19,7 +19,6 @@ def convert(source: Path, out: Path, *flags: str) -> Plan:
     """
     args = parser().parse_args(["convert", str(source), "--mlx-path", str(out), *flags])
     plan = make_plan(open_checkpoint(source), options_of(args))
-    shapes = {name: spec.shape for file in plan.files for name, spec in file.tensors.items()}
-    assert compare(shapes, manifest(json.loads(json.dumps(plan.config)), shapes)) == []
+    assert compare(plan.shapes, manifest(json.loads(json.dumps(plan.config)), plan.shapes)) == []
     execute(plan, out)
     return plan

@@ -28,6 +28,7 @@ from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.ops import Slab
 from mla_tools.plan import SLAB_ELEMENTS, Options, Plan, Step, make_plan
 from mla_tools.quantization import QuantSpec
+from mla_tools.report import plan_json
 from mla_tools.sample import write_sample
 from mla_tools.spec import DType, Spec
 
@@ -490,6 +491,25 @@ def test_v_is_sliced_and_k_is_encoded_as_asked(
         assert section[path] == {"group_size": 32, "bits": 8, "mode": "affine"}
     if wanted[0].startswith("decoded"):
         assert path not in section
+
+
+def test_the_plan_tells_what_embed_q_costs(packed_kv_b: Path) -> None:
+    plan = planned(packed_kv_b)
+    (cost,) = plan.embed_q_costs
+    written = {
+        name: spec for file in plan.files for name, spec in file.tensors.items() if ".embed_q." in name
+    }
+    assert (cost.tensors, cost.nbytes) == (4, sum(spec.nbytes for spec in written.values()))
+    assert (cost.before, cost.after) == ("affine 4-bit g64", "affine 8-bit g32")
+    assert cost.error is not None
+    assert cost.error_as_source is not None
+    assert cost.error_as_float is not None
+    assert cost.error_as_float < cost.error < cost.error_as_source
+    (note,) = [note for note in plan.notes if "K half" in note]
+    assert "expected error of K: about 0.0079 of its norm (source: 0.092, float: 0.0045)" in note
+    (said,) = plan_json(plan, 1)["embed_q"]
+    assert said["error"] == cost.error
+    assert planned(packed_kv_b, "-d").embed_q_costs[0].after == "bf16"
 
 
 # --- options -----------------------------------------------------------------------------------------

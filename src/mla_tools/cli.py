@@ -102,8 +102,7 @@ def _convert(args: argparse.Namespace) -> int:
     plan = _plan_of(args, options)
     from mla_tools.verify import ManifestCheck
 
-    shapes = {name: spec.shape for file in plan.files for name, spec in file.tensors.items()}
-    check = ManifestCheck(plan.config, shapes)
+    check = ManifestCheck(plan.config, plan.shapes)
     try:
         with _bar(plan) as progress:
             execute(plan, out, progress=progress, agrees=check.wait)
@@ -198,6 +197,7 @@ def options_of(args: argparse.Namespace) -> Options:
         dequantize=args.dequantize,
         embed_q=_embed_q(_EMBED_Q if embed_q is None else str(embed_q)),
         overrides=tuple(overrides),
+        keep_vision=args.keep_vision,
     )
 
 
@@ -340,6 +340,13 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         "--embed-q",
         metavar="source|float|BITS[,GROUP[,MODE]]",
         help=f"encoding of the K half of a kv_b_proj that keeps its quantization (default: {_EMBED_Q})",
+    )
+    add(
+        "--keep-vision",
+        action="store_true",
+        help="copy the tensors for images as they are (default: drop them). mlx_lm.load leaves them out and"
+        " loads the language model as without this; Kimi K2.5 and K3 then also load in mlx-vlm, Mistral 4"
+        " does not (mlx-vlm 0.7.10 does not split kv_b_proj)",
     )
     add(
         "--trust-remote-code",

@@ -29,10 +29,11 @@ from mla_tools.codecs import (
     part_name,
     repacking,
 )
-from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_names
+from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_indices, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.ops import Op, Same
+from mla_tools.precision import expected_error
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Match, Param, Rule, Table, short
 from mla_tools.rules import name as template
@@ -42,6 +43,7 @@ __all__ = [
     "SLAB_ELEMENTS",
     "Drop",
     "EmbedQ",
+    "EmbedQCost",
     "Exactness",
     "Options",
     "OutputFile",
@@ -82,7 +84,8 @@ class Options:
     half of a quantized kv_b_proj, whose groups lie across the new axis: encoded like the source, with
     a QuantSpec of its own, or left in floats.
     `overrides`: pairs of a regular expression and what becomes of the modules in whose path it is found,
-    None for floats; the last that is found counts.
+    None for floats; the last that is found counts. `keep_vision`: the tensors for images are copied;
+    mlx-lm's classes leave them out when they load.
     """
 
     quantize: QuantSpec | None = None
@@ -91,6 +94,7 @@ class Options:
     dequantize: bool = False
     embed_q: EmbedQ = field(default_factory=lambda: QuantSpec("affine", 8, 32))
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+    keep_vision: bool = False
 
     def __post_init__(self) -> None:
         if self.quantize and self.dequantize:
@@ -171,6 +175,22 @@ class Drop:
     reason: str
 
 
+@dataclass(frozen=True)
+class EmbedQCost:
+    """What the choice of --embed-q costs for tensors of one encoding: bytes, and the expected error of K.
+
+    The errors are parts of the norm of K: of this choice, and of "source" and "float". None: not measured.
+    """
+
+    before: str
+    after: str
+    tensors: int
+    nbytes: int
+    error: float | None
+    error_as_source: float | None
+    error_as_float: float | None
+
+
 @dataclass
 class Steps:
     """What becomes of each tensor, with everything that was found wrong or worth saying on the way."""
@@ -185,6 +205,8 @@ class Steps:
     named: set[str]
     # The patterns of the overrides that were found in a path.
     overridden: set[str]
+    # The stored tensors for images that are kept, which mlx-lm's class does not have as parameters.
+    images: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -210,6 +232,7 @@ class Plan:
     config_changes: tuple[str, ...]
     notes: tuple[str, ...]
     parameters: int
+    images: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -220,6 +243,17 @@ class Plan:
     def source_nbytes(self) -> int:
         """The bytes of tensor data in the checkpoint."""
         return sum(stored.spec.nbytes for stored in self.checkpoint.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that mlx-lm's class must declare as parameters, with their shapes."""
+        written = {name: spec.shape for file in self.files for name, spec in file.tensors.items()}
+        return {name: shape for name, shape in written.items() if name not in self.images}
+
+    @property
+    def embed_q_costs(self) -> tuple[EmbedQCost, ...]:
+        """What the K halves of packed kv_b_proj become, in bytes and precision."""
+        return _embed_q_costs(self.steps)
 
     def peak_bytes(self, threads: int) -> int:
         """Return the bytes that the slabs of all threads may take at once, the interpreter aside."""
@@ -244,6 +278,10 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
             f"--q-override {', '.join(idle)}: decides on no module. A path looks like"
             " model.layers.3.self_attn.embed_q; the last override that is found in a path counts."
         )
+    if options.keep_vision and not made.images:
+        raise UsageError(
+            f"--keep-vision: there are no tensors for images here that could be kept ({made.family.name})."
+        )
     new_config = _output_config(config, made, options)
     return Plan(
         checkpoint,
@@ -256,6 +294,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         _changes(config, new_config),
         (*checkpoint.notes, *made.notes),
         sum(target.spec.size for step in made.steps for target in step.targets),
+        frozenset(made.images),
     )
 
 
@@ -308,7 +347,10 @@ def _make_steps(
         if rule is None:
             drop = table.drop(match)
             shape = drop.shape
-            made.drops.append(Drop(source, drop.reason))
+            if options.keep_vision and drop.image is not None:
+                made.steps.append(_kept(source, drop.source, drop.image, made))
+            else:
+                made.drops.append(Drop(source, drop.reason))
         else:
             shape = rule.shapes[match.position]
             key, slot = table.slot(match)
@@ -320,6 +362,7 @@ def _make_steps(
         ):
             made.problems.append(_misshapen(source, shape))
     _check_markers(table, made, lost)
+    _say_how_many_mtp_layers(table, made, config)
 
     targets = table.targets()
     makers: dict[str, Rule] = {}
@@ -344,7 +387,19 @@ def _make_steps(
     if made.steps and all(_is_there(step) for step in made.steps):
         made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
     _say_what_stays_dense(made, targets, options)
-    _say_what_embed_q_costs(made)
+    if made.images:
+        modules = ", ".join(sorted({name.partition(".")[0] for name in made.images}))
+        made.notes.append(
+            f"kept as they are, {len(made.images):,} tensors under {modules}: {made.family.images}"
+        )
+    words = Counter(target.exactness for step in made.steps for target in step.targets)
+    if options.quantize is not None and words["requantized"]:
+        made.notes.append(
+            f"requantized, from a quantized source to another quantization: {words['requantized']:,} of"
+            f" {words.total():,} tensors"
+        )
+    _say_where_quantization_disagrees(made, config)
+    made.notes += map(_cost_text, _embed_q_costs(made.steps))
     _say_where_second_scales_go(made, targets, options)
     return made
 
@@ -447,6 +502,20 @@ def _step(
     return Step(rule.op, sources, tuple(targets))
 
 
+def _kept(source: Source, place: str, image: str, made: Steps) -> Step:
+    """Return the step of a tensor for images: its bits, or its numbers where MLX has no such format."""
+    name = image + source.name.removeprefix(place)
+    codec = Dense(source.spec.dtype)
+    moved = source.codec == codec
+    exactness = _exactness([source], codec, source.spec.dtype, moved)
+    if name in made.images:
+        made.problems.append(
+            Problem(name, "is there twice", "one of them", cause="The checkpoint mixes two layouts.")
+        )
+    made.images.add(name)
+    return Step(Same(), (source,), (Target(name, source.spec, codec, {"weight": name}, exactness, moved),))
+
+
 def _choose(
     name: str,
     spec: Spec,
@@ -498,7 +567,7 @@ def _choose(
     return MlxQuantized(wanted, dtype, wanted.has_biases), dtype
 
 
-def _kept(forms: Collection[Codec], param: Param) -> MlxQuantized | None:
+def _common_form(forms: Collection[Codec], param: Param) -> MlxQuantized | None:
     """Return a form in which MLX holds the numbers of all these formats in one tensor, if it has one."""
     found = [form.kept for form in forms]
     first = found[0]
@@ -607,6 +676,60 @@ def _check_markers(table: Table, made: Steps, lost: Mapping[str, str]) -> None:
             )
 
 
+def _say_how_many_mtp_layers(table: Table, made: Steps, config: Mapping[str, Any]) -> None:
+    """Note a num_nextn_predict_layers that is not the number of such layers; they are dropped anyway."""
+    key = "num_nextn_predict_layers"
+    said = made.family.numbers(config).get(key)
+    layers = set()
+    for dropped in made.drops:
+        match = table.lookup(dropped.source.name)
+        drop = table.drop(match) if match and table.rule(match) is None else None
+        if drop is not None and drop.marker is not None and match is not None:
+            layers.add(match.values[0])
+    if layers and said is not None and said != len(layers):
+        made.notes.append(
+            f"{key} is {said!r} in config.json, and the tensors hold {len(layers)}: layers"
+            f" {fold_indices(layers)}, dropped"
+        )
+
+
+def _say_where_quantization_disagrees(made: Steps, config: Mapping[str, Any]) -> None:
+    """Note what config.json says about MLX's quantization and the tensors do not bear out."""
+    given = config.get("quantization")
+    other = config.get("quantization_config")
+    if not isinstance(given, Mapping):
+        return
+    # With a quant_method it is the section of another format, which the codecs read.
+    if isinstance(other, Mapping) and "quant_method" not in other and other != given:
+        made.notes.append(
+            f"quantization ({_brief(given)}) and quantization_config ({_brief(other)}) in config.json"
+            " disagree; mlx_lm.load uses the first. The output has what the tensors are"
+        )
+    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for step in made.steps:
+        for source in step.sources:
+            if isinstance(source.codec, MlxQuantized):
+                paths = (source.label, *(short(target.name) for target in step.targets))
+                entry = next((given[path] for path in paths if isinstance(given.get(path), Mapping)), given)
+                said = _entry_text(entry)
+                if said != str(source.codec.spec):
+                    wrong[said, source.codec.word].append(source.label)
+    for (text, word), names in wrong.items():
+        made.notes.append(
+            f"quantization in config.json says {text} and the tensors are {word}, which counts: "
+            + ", ".join(fold_names(names))
+        )
+
+
+def _entry_text(entry: Mapping[str, Any]) -> str:
+    """Return the quantization that mlx_lm.load takes from an entry, with the mode's defaults."""
+    given = {key: entry.get(key) for key in ("mode", "bits", "group_size")}
+    try:
+        return str(QuantSpec(given["mode"] or "affine", given["bits"], given["group_size"]))
+    except UsageError:
+        return str(given)
+
+
 def _doubled(name: str, rule: Rule, other: Rule, key: tuple[int, ...]) -> Problem:
     known = dict(zip(rule.shared, key, strict=True))
     origins = sorted(short(template(r.source[0]).fold(known, r.where)) for r in (other, rule))
@@ -685,21 +808,49 @@ def _say_what_stays_dense(
         )
 
 
-def _say_what_embed_q_costs(made: Steps) -> None:
-    """Note what becomes of packed rows that have to be decoded because their axis changes."""
-    sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for step in made.steps:
+def _embed_q_costs(steps: Sequence[Step]) -> tuple[EmbedQCost, ...]:
+    """Return what becomes of packed rows that have to be decoded because their axis changes."""
+    sizes: dict[tuple[Codec, Codec, DType], list[int]] = defaultdict(list)
+    for step in steps:
         source = step.sources[0].codec
         for output, target in enumerate(step.targets):
             kept = source.kept
             if kept is not None and kept.shared is None and not step.op.keeps_last_axis(output):
                 nbytes = sum(spec.nbytes for spec in target.stored().values())
-                sizes[source.word, target.codec.word].append(nbytes)
-    for (before, after), each in sizes.items():
-        made.notes.append(
-            f"the K half of kv_b_proj changes its axis: {before} is decoded and stored as {after}, "
-            f"{sum(each):,} bytes in {len(each)} tensors (--embed-q)"
+                sizes[source, target.codec, target.spec.dtype].append(nbytes)
+    return tuple(
+        EmbedQCost(
+            source.word,
+            target.word,
+            len(each),
+            sum(each),
+            _k_error(source, target.spec if isinstance(target, MlxQuantized) else None, dtype),
+            _k_error(source, source.kept.spec, dtype),
+            _k_error(source, None, dtype),
         )
+        for (source, target, dtype), each in sizes.items()
+        if source.kept is not None
+    )
+
+
+def _k_error(source: Codec, target: QuantSpec | None, dtype: DType) -> float | None:
+    assert source.kept is not None
+    in_dtype = isinstance(source, MlxQuantized) and source.dtype is dtype
+    return expected_error(source.kept.spec, target, dtype, decoded_in_dtype=in_dtype)
+
+
+def _cost_text(cost: EmbedQCost) -> str:
+    if cost.error is None:
+        error = "not measured for this source"
+    else:
+        error = (
+            f"about {cost.error:.2g} of its norm (source: {cost.error_as_source:.2g}, "
+            f"float: {cost.error_as_float:.2g})"
+        )
+    return (
+        f"the K half of kv_b_proj changes its axis: {cost.before} is decoded and stored as {cost.after}, "
+        f"{cost.nbytes:,} bytes in {cost.tensors} tensors; expected error of K: {error} (--embed-q)"
+    )
 
 
 def _say_where_second_scales_go(
@@ -770,22 +921,29 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
     """Return the config.json that mlx-lm reads the output with, keys sorted as mlx-lm writes them."""
     new = copy.deepcopy(made.family.rewritten(config))
     old = new.pop("quantization", None)
-    # The vision modules are dropped, and with this key some readers would look for them.
-    for key in ("quantization_config", "_name_or_path", "vision_config"):
+    for key in ("quantization_config", "_name_or_path"):
         new.pop(key, None)
-    if made.family.section:
-        new[made.family.section].pop("quantization_config", None)
+    if not options.keep_vision:
+        # With this key some readers would look for the modules that are left out.
+        new.pop("vision_config", None)
+    if place := made.family.place(config):
+        new[place].pop("quantization_config", None)
     if options.dtype is not None:
         new["torch_dtype"] = next(name for name, dtype in _DTYPE_NAMES.items() if dtype is options.dtype)
-    if made.quantized:
-        default = options.quantize or _source_default(old, made)
-        section: dict[str, Any] = dict(default.config)
-        shared = {
-            short(target.name)
-            for step in made.steps
-            for target in step.targets
-            if isinstance(target.codec, MlxQuantized) and target.codec.shared is not None
-        }
+    shared = {
+        short(target.name)
+        for step in made.steps
+        for target in step.targets
+        if isinstance(target.codec, MlxQuantized) and target.codec.shared is not None
+    }
+    images = _image_entries(old, made)
+    if made.quantized or images:
+        section: dict[str, Any] = _default_entry(old)
+        default = options.quantize
+        if made.quantized:
+            default = default or _source_default(old, made)
+            section = dict(default.config)
+        section |= images
         for path in sorted(made.quantized, key=_natural):
             spec = made.quantized[path]
             if spec != default or path in made.named or path in shared:
@@ -796,6 +954,21 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
     return dict(sorted(new.items()))
 
 
+def _default_entry(old: object) -> dict[str, Any]:
+    """Return what an MLX source's config says of modules that it does not name."""
+    given = old if isinstance(old, Mapping) else {}
+    return {"mode": "affine"} | {key: given[key] for key in ("group_size", "bits", "mode") if given.get(key)}
+
+
+def _image_entries(old: object, made: Steps) -> dict[str, Any]:
+    """Return the entries of modules for images that are kept with MLX's quantization."""
+    paths = (name.removesuffix(".scales") for name in made.images if name.endswith(".scales"))
+    given = old if isinstance(old, Mapping) else {}
+    entries = {path: given.get(path, True) for path in sorted(paths, key=_natural)}
+    default = _default_entry(old)
+    return {path: entry if isinstance(entry, Mapping) else default for path, entry in entries.items()}
+
+
 def _source_default(old: object, made: Steps) -> QuantSpec:
     """Return the quantization that config.json names first: the source's own default, or the commonest."""
     moved = [
@@ -804,7 +977,7 @@ def _source_default(old: object, made: Steps) -> QuantSpec:
     counted = Counter(moved or made.quantized.values())
     if isinstance(old, Mapping):
         for spec in counted:
-            if all(old.get(key, "affine") == value for key, value in spec.config.items()):
+            if all((old.get(key) or "affine") == value for key, value in spec.config.items()):
                 return spec
     return counted.most_common(1)[0][0]
 

@@ -181,6 +181,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes(threads),
         "config": plan.config,
         "config_changes": list(plan.config_changes),
+        "embed_q": [asdict(cost) for cost in plan.embed_q_costs],
         "notes": list(plan.notes),
     }
 

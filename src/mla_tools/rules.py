@@ -182,7 +182,8 @@ class Drop:
     are not what the reason says (a layer beyond the last is an MTP layer only if it has `eh_proj`).
     `usual`: whether the family's checkpoints on the hub have them, so that samples do too.
     `inside`: the drop is of a whole module, everything whose name begins with `source` and a dot; these
-    are the rest of some of the names, for samples.
+    are the rest of some of the names, for samples. `image`: what is left out serves images, and this is
+    what `source` is called in the output where the user wants it kept.
     """
 
     source: str
@@ -192,6 +193,7 @@ class Drop:
     marker: str | None = None
     usual: bool = True
     inside: tuple[str, ...] = ()
+    image: str | None = None
 
 
 class Match(NamedTuple):

@@ -107,8 +107,7 @@ def _tensors(table: Table, config: Mapping[str, Any], seed: int) -> dict[str, mx
 
 def _dropped(drop: Drop, config: Mapping[str, Any]) -> list[str]:
     """Return the names that a drop stands for in a checkpoint whose MTP layers the config counts."""
-    # A multimodal config counts them where it describes its language model.
-    count = config.get("text_config", config).get("num_nextn_predict_layers", 1)
+    count = config.get("num_nextn_predict_layers", 1)
     template = name(drop.source)
     # An open range is one of MTP layers.
     domains = [

@@ -316,10 +316,28 @@ def test_deepseek_v41_with_engram_memory_is_refused_as_mlx_lm_refuses_it() -> No
         table_of({**MODEL_TYPES["deepseek_v41"].sample, **keys})
 
 
-def test_deepseek_v41_may_have_its_numbers_at_the_top() -> None:
-    sample = MODEL_TYPES["deepseek_v41"].sample
-    flat = {**sample["text_config"], "model_type": "deepseek_v41"}
+@pytest.mark.parametrize("family", ["deepseek_v41", "kimi_k3"])
+def test_the_numbers_may_stand_at_the_top(family: str) -> None:
+    sample = MODEL_TYPES[family].sample
+    flat = {**sample["text_config"], "model_type": family}
     assert table_of(flat)[1].targets() == table_of(dict(sample))[1].targets()
+    assert "text_config" not in MODEL_TYPES[family].rewritten(flat)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v41", "kimi_k3"])
+@pytest.mark.parametrize("given", [7, [], "x"])
+def test_a_text_config_that_is_no_object_is_refused(family: str, given: object) -> None:
+    with pytest.raises(CheckpointError, match="text_config cannot be used"):
+        table_of({**MODEL_TYPES[family].sample, "text_config": given})
+
+
+def test_rope_parameters_inside_a_text_config_become_what_the_class_reads() -> None:
+    family = MODEL_TYPES["deepseek_v41"]
+    numbers = dict(family.sample["text_config"])
+    wanted = {"rope_theta": numbers.pop("rope_theta"), "rope_scaling": numbers.pop("rope_scaling")}
+    numbers["rope_parameters"] = {**wanted["rope_scaling"], "rope_theta": wanted["rope_theta"]}
+    found = family.rewritten({**family.sample, "text_config": numbers})["text_config"]
+    assert {key: found[key] for key in wanted} == wanted
 
 
 def test_deepseek_v41_needs_a_ratio_for_each_layer() -> None:

@@ -238,7 +238,7 @@ def test_kimi_linear_counts_its_layers_from_1() -> None:
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_a_family_is_known_by_its_model_type(family: str) -> None:
     found = MODEL_TYPES[family]
-    inner = {found.section: {"model_type": found.inside[0]}} if found.section else {}
+    inner = {found.section: {"model_type": found.inside[0]} if found.inside else {}} if found.section else {}
     assert family_of({"model_type": family, **inner}) is found
 
 

@@ -61,8 +61,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     named = config.get("architectures")
     if isinstance(model_type, str) and model_type in MODEL_TYPES:
         family = MODEL_TYPES[model_type]
+        place = family.place(config)
+        if place is not None and not family.inside and not isinstance(config.get(place), Mapping):
+            found = repr(config[place])[:80] if place in config else "no such key"
+            raise CheckpointError([Problem("config.json", f"{place} cannot be used", "an object", found)])
         inner = family.numbers(config).get("model_type")
-        if family.section is None or inner in family.inside:
+        if place is None or not family.inside or inner in family.inside:
             return family
         needed = f"{model_type} with a {family.section} of model_type {' or '.join(family.inside)}"
         raise CheckpointError(

@@ -18,6 +18,8 @@ from mla_tools.rules import Domain, Drop, Param, Rule
 from mla_tools.rules import name as template
 
 __all__ = [
+    "FOR_MLX_VLM",
+    "NOT_FOR_MLX_VLM",
     "Family",
     "decoder_norms",
     "embeddings",
@@ -55,6 +57,13 @@ ROUTER_SPEC = QuantSpec("affine", 8, 64)
 
 Config = Mapping[str, Any]
 
+# What an output with its tensors for images is for. Source: loading both with mlx-vlm 0.7.10.
+FOR_MLX_VLM = "mlx-vlm loads all of it; mlx_lm.load leaves them out and loads the language model"
+NOT_FOR_MLX_VLM = (
+    "mlx_lm.load leaves them out and loads the language model; mlx-vlm 0.7.10 does not load it, as its class"
+    " wants kv_b_proj in one piece"
+)
+
 # Makes the rules and drops of a family for one config.
 Builder = Callable[[Geometry], tuple[list[Rule], list[Drop]]]
 
@@ -69,11 +78,13 @@ class Family:
     endings of the tensors that the hub's checkpoints store in F32.
 
     `section` is the key of config.json under which the language model's numbers stand in a multimodal
-    config, and `inside` are the model_types that may stand there; `build`, `defaults`, `rewrite` and
-    `refuse` all see that section. `rewrite` returns the keys that the output's config must have instead,
-    because mlx-lm's class reads them differently; without it, rope_parameters
-    become rope_theta and rope_scaling. `refuse` returns what makes that class compute
-    something else than the reference implementation, whatever the weights.
+    config, and `inside` are the model_types that may stand there, none for any; with `flat` the numbers
+    may also stand at the top, as mlx-lm's class reads them without the section. `build`, `defaults`,
+    `rewrite` and `refuse` all see that section. `rewrite` returns the keys that the
+    output's config must have instead, because mlx-lm's class reads them differently; without it,
+    rope_parameters become rope_theta and rope_scaling. `refuse` returns what makes that class compute
+    something else than the reference implementation, whatever the weights. `images` says what an output
+    is for in which the tensors for images were kept.
     """
 
     name: str
@@ -85,15 +96,22 @@ class Family:
     float32: tuple[str, ...] = ("e_score_correction_bias", "inv_freq")
     section: str | None = None
     inside: tuple[str, ...] = ()
+    flat: bool = False
     rewrite: Callable[[Config], Config] | None = None
     refuse: Callable[[Config], list[Problem]] | None = None
+    images: str = ""
+
+    def place(self, config: Config) -> str | None:
+        """Return the key under which the numbers stand in a config, None where they stand at the top."""
+        return None if self.flat and self.section not in config else self.section
 
     def numbers(self, config: Config) -> dict[str, Any]:
         """Return the part of a config that the table is made from, with the defaults filled in.
 
         A null is no value where there is a default.
         """
-        part = config.get(self.section) if self.section else config
+        place = self.place(config)
+        part = config.get(place) if place else config
         defaults = self.defaults or {}
         given = part.items() if isinstance(part, Mapping) else ()
         return {**defaults, **{k: v for k, v in given if v is not None or k not in defaults}}
@@ -102,7 +120,8 @@ class Family:
         """Return the config that mlx-lm's class needs; neither the dtype nor the quantization is touched."""
         numbers = self.numbers(config)
         numbers |= (self.rewrite or flat_rope)(numbers)
-        whole = {**config, self.section: numbers} if self.section else numbers
+        place = self.place(config)
+        whole = {**config, place: numbers} if place else numbers
         return {**whole, "model_type": self.model_type}
 
     def refusals(self, config: Config) -> list[Problem]:
@@ -115,10 +134,12 @@ def wrapped(
     model_type: str,
     sample: Mapping[str, Any],
     *,
-    inside: tuple[str, ...],
+    inside: tuple[str, ...] = (),
+    flat: bool = False,
     dropped: Mapping[str, str],
     architectures: tuple[str, ...] = (),
     spellings: tuple[tuple[str, str], ...] = (),
+    images: str = FOR_MLX_VLM,
 ) -> Family:
     """Return the family of a multimodal config whose text_config is one of `inner`.
 
@@ -156,13 +177,18 @@ def wrapped(
         architectures=architectures,
         section="text_config",
         inside=inside,
+        flat=flat,
+        images=images,
     )
 
 
 def left_out(modules: Mapping[str, str], place: str = "", *, usual: bool = True) -> list[Drop]:
-    """Return the drops of whole modules, by name with the reason, wherever they stand."""
+    """Return the drops of the modules for images, by name with the reason, wherever they stand.
+
+    The names are also those of mlx-vlm's classes.
+    """
     return [
-        Drop(place + name, reason, usual=usual, inside=("patch_embed.weight",))
+        Drop(place + name, reason, usual=usual, inside=("patch_embed.weight",), image=name)
         for name, reason in modules.items()
     ]
 

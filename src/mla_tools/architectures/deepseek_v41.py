@@ -159,8 +159,7 @@ def left_out(g: Geometry, layers: range) -> list[Drop]:
     return [*drops, Drop("layers.{l}.ffn.gate.bias_vl", image, {"l": layers}, (count,))]
 
 
-def build(config: Geometry) -> tuple[list[Rule], list[Drop]]:
-    g = config.section("text_config") if "text_config" in config.config else config
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
     where: blocks.Where = {"l": layers}
     if engram := g.config.get("engram_layer_ids"):
@@ -241,5 +240,7 @@ FAMILY = blocks.Family(
         },
     },
     architectures=("DeepseekV41ForCausalLM",),
+    section="text_config",
+    flat=True,
     float32=("_fn", "_base", "_scale", "attn_sink", "gate.bias", "gate.bias_vl"),
 )

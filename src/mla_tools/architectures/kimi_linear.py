@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.errors import Problem, fold_indices
 from mla_tools.ops import SwapLastAxes
 from mla_tools.rules import Drop, Param, Rule
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "kda_layers"]
 
 
 def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
@@ -42,10 +43,32 @@ def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
     ]
 
 
+def kda_layers(g: Geometry) -> frozenset[int]:
+    """Return the layers with delta attention, counted from 0; the lists in the config count from 1.
+
+    The class reads kda_layers alone, so a full_attn_layers that says otherwise is a mistake in one of them.
+    """
+    layers, lists = g.layers(), g.section("linear_attn_config")
+    kda = lists.numbers("kda_layers", below=layers.stop)
+    if lists.config.get("full_attn_layers") is not None:
+        full = lists.numbers("full_attn_layers", below=layers.stop)
+        names = "kda_layers and full_attn_layers"
+        what = f"{names} in linear_attn_config do not divide the layers between them"
+        needed = f"each of the layers 1..{layers.stop} in one of them"
+        wrong = {
+            "in both": kda & full,
+            "in neither": frozenset(n + 1 for n in layers) - kda - full,
+        }
+        found = "; ".join(f"{fold_indices(which)} {word}" for word, which in wrong.items() if which)
+        if found:
+            cause = "They count the layers from 1."
+            g.problems.append(Problem("config.json", what, needed, found, cause))
+    return frozenset(n - 1 for n in kda)
+
+
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     layers, hidden, inner = g.layers(), g.dim("hidden_size"), g.dim("moe_intermediate_size")
-    # The lists count layers from 1.
-    kda = frozenset(n - 1 for n in g.section("linear_attn_config").numbers("kda_layers", below=layers.stop))
+    kda = kda_layers(g)
     dense, sparse = g.moe_layers("num_experts")
     theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
     count, where = g.count("num_experts", least=0), {"l": sparse}

@@ -86,6 +86,7 @@ MULTIMODAL = blocks.wrapped(
     inside=("mistral4",),
     # Under the names of the files on the hub, and under those of transformers 5 in memory.
     spellings=(("model.language_model.", ""),),
+    images=blocks.NOT_FOR_MLX_VLM,
     dropped={
         "vision_tower": "image encoder, not part of the language model",
         "multi_modal_projector": "image projector, not part of the language model",

@@ -1,0 +1,56 @@
+"""What a plan says of the error of K is what a conversion makes of random weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mla_tools.precision import expected_error
+from mla_tools.quantization import MODES, QuantSpec
+from mla_tools.spec import DType
+
+_PATH = Path(__file__).parent.parent / "benchmarks" / "embed_q.py"
+_SPEC = importlib.util.spec_from_file_location("embed_q", _PATH)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+embed_q = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(embed_q)
+
+SPECS = [QuantSpec(mode, b, g) for mode, (bits, groups) in MODES.items() for b in bits for g in groups]
+
+# The formula takes decoded numbers for normally distributed, and those of a 4-bit source lie on few
+# points; the float modes have larger steps than the formula's uniform ones.
+TOLERANCE = 0.3
+
+# Below this a figure is printed as 0: the smallest E4M3 codes do not all survive a change of scale.
+ZERO = 1e-4
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("source", SPECS, ids=str)
+def test_the_figure_of_a_plan_is_what_is_measured(source: QuantSpec, dtype: DType) -> None:
+    wrong = {}
+    for target in (*SPECS, None):
+        expected = expected_error(source, target, dtype)
+        if expected is None:
+            assert source.bits < 4
+            continue
+        found = embed_q.measured(source, target, dtype, seed=source.bits)
+        if abs(found - expected) > max(TOLERANCE * found, ZERO):
+            wrong[str(target)] = (found, expected)
+    assert not wrong
+
+
+def test_what_was_not_measured_has_no_figure() -> None:
+    assert expected_error(QuantSpec("affine", 2, 64), QuantSpec(), DType.BF16) is None
+    assert expected_error(QuantSpec(), QuantSpec(), DType.I64) is None
+
+
+def test_a_number_that_is_rounded_once_loses_less() -> None:
+    twice = expected_error(QuantSpec(), None, DType.BF16)
+    once = expected_error(QuantSpec(), None, DType.BF16, decoded_in_dtype=False)
+    assert twice is not None
+    assert once is not None
+    assert 0 < once < twice
