@@ -536,7 +536,7 @@ def _choose(
         dtype = options.dtype
     wanted: QuantSpec | None = None
     keeps = param.quantizable and not param.raw and not options.dequantize
-    kept = _kept(forms, param) if keeps else None
+    kept = _common_form(forms, param) if keeps else None
     override = options.overriding(short(name)) if param.quantizable else None
     if override is not None:
         made.overridden.add(override[0])
