@@ -477,6 +477,11 @@ LISTINGS = [
     pytest.param(Faults.status(404, X_Error_Code="RevisionNotFound"), "has no revision v9", id="revision"),
     pytest.param(Faults.status(401), "if it is private or gated, log in", id="401"),
     pytest.param(Faults.status(403, X_Error_Code="GatedRepo"), "org/name is gated", id="gated"),
+    pytest.param(
+        Faults.status(401, X_Error_Message="Invalid credentials in Authorization header"),
+        r"org/name: the hub does not know the token \(401\); log in",
+        id="token",
+    ),
     pytest.param(Faults.status(500), "the server answers 500; given up after 4 tries", id="500"),
     pytest.param(lambda call: call.answer(200, b"<html>"), "not a listing of a repository", id="html"),
     pytest.param(lambda call: call.answer(200, b"[]"), "not a listing of a repository", id="list"),

@@ -88,6 +88,8 @@ def refusal(
     login = 'log in with "hf auth login" or set HF_TOKEN'
     if code == "GatedRepo":
         return MlaToolsError(f"{repository} is gated: accept its terms on its page on the hub, then {login}.")
+    if status == 401 and "credentials" in headers.get("X-Error-Message", ""):
+        return MlaToolsError(f"{subject}: the hub does not know the token (401); {login}.")
     if code == "RevisionNotFound":
         return MlaToolsError(f"{repository} has no revision {shown(revision or 'main')}.")
     if file and status in (404, 410):
