@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -12,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
+from mla_tools.distributed import launched
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
-from mla_tools.execute import THREADS, check_output, execute
+from mla_tools.execute import execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
-from mla_tools.plan import EmbedQ, Options, Plan, make_plan, make_steps
+from mla_tools.output import check_output
+from mla_tools.plan import MAX_MEMORY, THREADS, EmbedQ, Options, Plan, Workload, make_plan, make_steps
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.sample import FORMATS, write_sample
 from mla_tools.spec import DType
@@ -84,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted; nothing was left behind")
+        _say("interrupted; nothing was written")
         return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 def _say(text: str) -> None:
@@ -98,26 +104,72 @@ def _say(text: str) -> None:
 def _convert(args: argparse.Namespace) -> int:
     options = options_of(args)
     out = Path(args.mlx_path)
-    check_output(out)
+    group = launched()
+    if group.rank == 0:
+        check_output(out, resume=args.resume, overwrite=args.overwrite)
     plan = _plan_of(args, options)
+    workload = _workload(args, plan)
     from mla_tools.verify import ManifestCheck
 
-    check = ManifestCheck(plan.config, plan.shapes)
+    check = ManifestCheck(plan.config, plan.shapes) if group.rank == 0 else None
     try:
-        with _bar(plan) as progress:
-            execute(plan, out, progress=progress, agrees=check.wait)
+        with _interruptible(out), _bar(plan, group.rank) as progress:
+            anything = execute(
+                plan,
+                out,
+                workload=workload,
+                device=args.device,
+                resume=args.resume,
+                overwrite=args.overwrite,
+                group=group,
+                progress=progress,
+                agrees=check.wait if check else lambda: None,
+            )
     finally:
-        check.cancel()
+        if check:
+            check.cancel()
+    if group.rank:
+        return 0
     if args.json:
-        print(json.dumps({"output": str(out), **report.plan_json(plan, THREADS)}, indent=2))
+        print(json.dumps({"output": str(out), **report.plan_json(plan, workload)}, indent=2))
+    elif not anything:
+        print(f"{out} is complete already")
     else:
         print(report.summary_text(plan, out))
     return 0
 
 
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Take a request to end like Ctrl-C, and say how to go on after either."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out.is_dir():
+            _say(f"interrupted; {out} is unfinished: run the same command with --resume to go on")
+        else:
+            _say("interrupted; nothing was written")
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _workload(args: argparse.Namespace, plan: Plan) -> Workload:
+    return plan.workload(_bytes(args.max_memory), args.threads)
+
+
 def _plan(args: argparse.Namespace) -> int:
     plan = _plan_of(args, options_of(args))
-    print(json.dumps(report.plan_json(plan, THREADS), indent=2) if args.json else report.plan_text(plan))
+    workload = _workload(args, plan)
+    if args.json:
+        print(json.dumps(report.plan_json(plan, workload), indent=2))
+    else:
+        print(report.plan_text(plan, workload))
     return 0
 
 
@@ -147,9 +199,9 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _bar(plan: Plan) -> Iterator[Callable[[int], None]]:
+def _bar(plan: Plan, rank: int) -> Iterator[Callable[[int], None]]:
     """Show bytes and time left on a terminal; stay silent elsewhere."""
-    if not sys.stderr.isatty():
+    if rank or not sys.stderr.isatty():
         yield lambda nbytes: None
         return
     from rich.console import Console
@@ -229,6 +281,18 @@ def _override(text: str) -> tuple[str, QuantSpec | None]:
     return pattern, None if spec == "float" else QuantSpec.parse(spec)
 
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _bytes(text: str) -> int:
+    """Return a size such as 2GB, 512MB, 1.5G or 800000000 in bytes; units are decimal, as for files."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"--max-memory {text}: give a size such as 2GB or 500MB")
+    unit = _UNITS[found[2].upper()]
+    return int(float(found[1]) * unit)
+
+
 def _embed_q(text: str) -> EmbedQ:
     if text == "source":
         return "source"
@@ -255,6 +319,15 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_source(convert)
     _add_conversion(convert)
+    convert.add_argument(
+        "--resume", action="store_true", help="go on with an unfinished OUT of the same plan"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT, if this tool made it")
+    convert.add_argument(
+        "--device",
+        choices=("cpu", "gpu"),
+        help="where to compute (default: MLX's own choice); the bytes of cpu are the same on every machine",
+    )
     convert.set_defaults(run=_convert)
 
     plan = commands.add_parser(
@@ -315,7 +388,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--mlx-path", metavar="OUT", default="mlx_model", help="folder to write; must not exist")
+    add("--mlx-path", metavar="OUT", default="mlx_model", help="folder to write (default: %(default)s)")
     add("-q", "--quantize", action="store_true", help="quantize the weights")
     add("--q-bits", type=int, help="bits per weight (default: 4; mxfp8: 8)")
     add("--q-group-size", type=int, help="weights per scale (default: affine 64, mxfp4/mxfp8 32, nvfp4 16)")
@@ -349,10 +422,24 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         " does not (mlx-vlm 0.7.10 does not split kv_b_proj)",
     )
     add(
+        "--max-memory",
+        metavar="SIZE",
+        default=f"{MAX_MEMORY // 10**9}GB",
+        help="what the whole process may take, such as 500MB (default: %(default)s)",
+    )
+    add("--threads", type=_count, default=THREADS, help="that compute at a time (default: %(default)s)")
+    add(
         "--trust-remote-code",
         action="store_true",
         help="accepted because mlx_lm.convert has it; no code of a checkpoint is ever run",
     )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _version() -> str:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import heapq
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from mla_tools.codecs import MlxQuantized, repacking
+from mla_tools.distributed import Alone, Group
 from mla_tools.errors import MlaToolsError
-from mla_tools.files.place import copy
-from mla_tools.files.safetensors import Reader, Writer
+from mla_tools.files.safetensors import Reader
 from mla_tools.ops import Slab
-from mla_tools.plan import SLAB_ELEMENTS, Plan, Source, Step
-from mla_tools.spec import Spec
+from mla_tools.output import Output, begin, is_complete
+from mla_tools.plan import Plan, Source, Step, Workload
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["THREADS", "check_output", "execute", "transform", "write_index"]
-
-# Two MLX streams keep two cores busy and overlap reading with computing; a third gains nothing.
-THREADS = 2
+__all__ = ["Device", "execute", "transform"]
 
 # Slabs handed to the threads beyond those in work, so that none waits for the next.
 _AHEAD = 2
 
+# The share of the slabs' memory that MLX may keep of freed buffers to use them again.
+_CACHED = 4
+
+Device = Literal["cpu", "gpu"]
 Parts = Mapping[str, "mx.array"]
 Progress = Callable[[int], None]
 
@@ -79,8 +79,11 @@ def _move(step: Step, slab: Slab, parts: Sequence[Parts], output: int) -> dict[s
         )[output]
         for part in target.parts
     }
-    assert isinstance(target.codec, MlxQuantized)
-    return target.codec.joined(made, slab.writes[output].start)
+    return (
+        target.codec.joined(made, slab.writes[output].start)
+        if isinstance(target.codec, MlxQuantized)
+        else made
+    )
 
 
 @contextmanager
@@ -92,117 +95,158 @@ def _named(source: Source) -> Iterator[None]:
         raise MlaToolsError(f"{source.label}: {error}") from error
 
 
-def check_output(folder: Path) -> None:
-    """Raise MlaToolsError if an output folder cannot be made there."""
-    if folder.exists() or folder.is_symlink():
-        raise MlaToolsError(
-            f"Cannot save to the path {folder} as it already exists."
-            " Please delete the file/directory or specify a new path to save to."
-        )
-
-
 def execute(
     plan: Plan,
     folder: Path,
     *,
+    workload: Workload | None = None,
+    device: Device | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    group: Group | None = None,
     progress: Progress = lambda nbytes: None,
     agrees: Callable[[], None] = lambda: None,
-) -> None:
-    """Write the output folder of a plan.
+) -> bool:
+    """Write the output folder of a plan; return whether there was anything to do.
 
-    `progress` is called with the number of bytes just written. `agrees` is called when all tensors are
-    written and raises if the output must not be finished. Whatever goes wrong, nothing is left behind
-    that looks like a model: the folder, which this call made, is removed.
+    `workload` says with how many threads and how much memory, `device` where to compute (None: MLX's
+    default); `group` are the processes that share the work. `resume` goes on with an unfinished folder of
+    the same plan, `overwrite` replaces a folder that this tool made. `progress` is called with the number
+    of bytes just written. `agrees` is called when all tensors are written and raises if the output must
+    not be completed. Whatever goes wrong after the first byte, the folder is left visibly unfinished.
     """
-    check_output(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    group = group or Alone()
+    workload = workload or plan.workload()
+    device = _use(device)
+    if resume and folder.is_dir() and is_complete(folder, plan, device):
+        return False
+    output = begin(plan, folder, device, group, resume=resume, overwrite=overwrite)
     try:
-        folder.mkdir(parents=True)
+        progress(output.done_bytes)
+        _run(plan, output, workload, progress)
+        output.complete()
+        error = _reason(agrees) if group.rank == 0 else None
+        everyone = group.agree(error is None)
+        if error is not None:
+            raise error
+        if everyone and group.rank == 0:
+            output.publish()
     except OSError as error:
-        raise MlaToolsError(f"The output folder {folder} cannot be made: {error.strerror}") from error
+        raise MlaToolsError(f"Writing to {folder} failed: {error}") from error
+    finally:
+        output.close()
+    return True
+
+
+def _reason(agrees: Callable[[], None]) -> MlaToolsError | None:
     try:
-        with ExitStack() as stack:
-            writers = {file.name: Writer(folder / file.name, file.layout) for file in plan.files}
-            for writer in writers.values():
-                stack.callback(writer.abort)
-            _run(plan, writers, progress)
-            agrees()
-            for writer in writers.values():
-                writer.finish()
-            stack.pop_all()
-        for companion in plan.checkpoint.companions:
-            copy(companion, folder / companion.name)
-        _write_json(folder / "config.json", plan.config)
-        write_index(folder, plan)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            for path in made[1:]:
-                path.rmdir()
-        if isinstance(error, OSError):
-            raise MlaToolsError(f"Writing to {folder} failed: {error}") from error
-        raise
+        agrees()
+    except MlaToolsError as error:
+        return error
+    return None
 
 
-def write_index(folder: Path, plan: Plan) -> None:
-    """Write model.safetensors.index.json, the file that completes an output."""
-    weight_map = {name: file.name for file in plan.files for name in file.tensors}
-    metadata = {"total_size": plan.nbytes, "total_parameters": plan.parameters}
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
+def _use(device: Device | None) -> Device:
+    """Compute on this device from now on, and return which it is."""
+    import mlx.core as mx
+
+    if device is not None:
+        mx.set_default_device(mx.cpu if device == "cpu" else mx.gpu)
+    return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=4) + "\n")
-    partial.rename(path)
+def _run(plan: Plan, output: Output, workload: Workload, progress: Progress) -> None:
+    import mlx.core as mx
 
-
-def _run(plan: Plan, writers: Mapping[str, Writer], progress: Progress) -> None:
-    homes = {name: writers[file.name] for file in plan.files for name in file.tensors}
-    specs = {name: spec for file in plan.files for name, spec in file.tensors.items()}
+    mx.set_cache_limit(workload.peak_bytes // _CACHED)
     local = threading.local()
+    first_targets, count = [], 0
+    for step in plan.steps:
+        first_targets.append(count)
+        count += len(step.targets)
+    todo = {
+        number: [first + i for i in range(len(step.targets)) if first + i in output.todo]
+        for number, (step, first) in enumerate(zip(plan.steps, first_targets, strict=True))
+    }
+    left: dict[int, int] = {}
 
-    def work(step: Step, slab: Slab) -> int:
-        import mlx.core as mx
-
+    def work(number: int, slab: Slab) -> tuple[int, int]:
         if not hasattr(local, "stream"):
             local.stream = mx.new_stream(mx.default_device())
+        wanted = {target - first_targets[number] for target in todo[number]}
         with mx.stream(local.stream):
-            return _slab(step, slab, plan, reader, homes, specs)
+            return number, _slab(plan.steps[number], slab, wanted, plan, reader, output)
 
-    with Reader() as reader, ThreadPoolExecutor(THREADS) as pool:
-        pending: set[Future[int]] = set()
+    def note(done: set[Future[tuple[int, int]]]) -> None:
+        for future in done:
+            number, nbytes = future.result()
+            progress(nbytes)
+            left[number] -= 1
+            if not left[number]:
+                for target in todo[number]:
+                    output.finished(target)
+
+    with Reader() as reader, ThreadPoolExecutor(workload.threads) as pool:
+        pending: set[Future[tuple[int, int]]] = set()
         try:
-            for step, slab in _work(plan):
-                pending.add(pool.submit(work, step, slab))
-                if len(pending) >= THREADS + _AHEAD:
+            for number, slabs in _ordered(plan, todo, workload.slab_elements, left):
+                pending.add(pool.submit(work, number, slabs))
+                if len(pending) >= workload.threads + _AHEAD:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        progress(future.result())
-            for future in pending:
-                progress(future.result())
+                    note(done)
+            note(pending)
+            for number, targets in todo.items():
+                if number not in left:  # tensors without elements have no slabs
+                    for target in targets:
+                        output.finished(target)
         except BaseException:
             plan.checkpoint.place.stop()
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _work(plan: Plan) -> Iterator[tuple[Step, Slab]]:
-    for step in plan.steps:
-        for slab in step.op.slabs([source.spec for source in step.sources], SLAB_ELEMENTS):
-            yield step, slab
+def _ordered(
+    plan: Plan, todo: Mapping[int, Sequence[int]], elements: int, left: dict[int, int]
+) -> Iterator[tuple[int, Slab]]:
+    """Yield the slabs of the steps in which something is to do, in the order in which their data lies.
+
+    `left` is told how many slabs a step has when its first one is yielded.
+    """
+    shards = {shard.name: number for number, shard in enumerate(plan.checkpoint.shards)}
+
+    def place(step: Step, slab: Slab) -> tuple[int, int]:
+        block = slab.reads[0]
+        source = step.sources[block.index]
+        part, rows = next(iter(source.codec.cut(block.start, block.stop).items()))
+        stored = plan.checkpoint.tensors[source.parts[part]]
+        return shards[stored.file.name], stored.offset + rows[0] * stored.spec.row_bytes
+
+    def start(number: int) -> tuple[int, int]:
+        places = (
+            plan.checkpoint.tensors[name] for s in plan.steps[number].sources for name in s.parts.values()
+        )
+        return min((shards[stored.file.name], stored.offset) for stored in places)
+
+    waiting = sorted((start(number), number) for number, targets in todo.items() if targets)
+    waiting.reverse()
+    ready: list[tuple[tuple[int, int], int, int, Slab]] = []
+    while waiting or ready:
+        # A step's slabs come into play when the reading arrives at its first tensor.
+        while waiting and (not ready or waiting[-1][0] <= ready[0][0]):
+            _, number = waiting.pop()
+            step = plan.steps[number]
+            slabs = list(step.op.slabs([source.spec for source in step.sources], elements))
+            if slabs:
+                left[number] = len(slabs)
+            for count, slab in enumerate(slabs):
+                heapq.heappush(ready, (place(step, slab), number, count, slab))
+        if ready:
+            _, number, _, slab = heapq.heappop(ready)
+            yield number, slab
 
 
-def _slab(
-    step: Step,
-    slab: Slab,
-    plan: Plan,
-    reader: Reader,
-    homes: Mapping[str, Writer],
-    specs: Mapping[str, Spec],
-) -> int:
-    """Read, transform and write one slab; return the number of bytes written."""
+def _slab(step: Step, slab: Slab, wanted: set[int], plan: Plan, reader: Reader, output: Output) -> int:
+    """Read, transform and write the wanted targets of one slab; return the number of bytes written."""
     import mlx.core as mx
     import numpy as np
 
@@ -215,14 +259,15 @@ def _slab(
             source.codec.check(held)
         parts.append(held)
     results = transform(step, slab, parts)
-    mx.eval(results)
+    kept = [(b, r) for b, r in zip(slab.writes, results, strict=True) if b.index in wanted]
+    mx.eval([result for _, result in kept])
     written = 0
-    for block, result in zip(slab.writes, results, strict=True):
+    for block, result in kept:
         target = step.targets[block.index]
+        stored = target.codec.encoded(target.spec)
         for part, array in result.items():
-            name = target.parts[part]
             data = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8), copy=False)
-            homes[name].write(name, target.offset(part, block.start, specs[name]), data)
+            output.write(target.parts[part], target.offset(part, block.start, stored[part]), data)
             written += data.nbytes
     return written
 

@@ -29,7 +29,15 @@ from mla_tools.codecs import (
     part_name,
     repacking,
 )
-from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_indices, fold_names
+from mla_tools.errors import (
+    INDEX,
+    CheckpointError,
+    MlaToolsError,
+    Problem,
+    UsageError,
+    fold_indices,
+    fold_names,
+)
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.ops import Op, Same
@@ -40,7 +48,9 @@ from mla_tools.rules import name as template
 from mla_tools.spec import DType, Spec
 
 __all__ = [
+    "MAX_MEMORY",
     "SLAB_ELEMENTS",
+    "THREADS",
     "Drop",
     "EmbedQ",
     "EmbedQCost",
@@ -52,12 +62,26 @@ __all__ = [
     "Step",
     "Steps",
     "Target",
+    "Workload",
     "make_plan",
     "make_steps",
 ]
 
 # How many elements are worked on at a time: 16 MB of bf16.
 SLAB_ELEMENTS = 8 << 20
+
+# Below this, starting the work on a slab costs as much as the work.
+_WORTH_A_THREAD = 1 << 20
+
+# Two MLX streams keep two cores busy and overlap reading with computing; a third gains nothing there.
+THREADS = 2
+
+MAX_MEMORY = 2 * 10**9
+
+# What the process takes before the first slab: the interpreter with MLX and numpy, and what a plan
+# holds for each stored tensor. Measured, as growth of the resident size.
+_BASE_BYTES = 150 * 10**6
+_BYTES_PER_TENSOR = 3000
 
 # Bytes of working memory that the CPU encoders take for each element, and those of the 4-bit float
 # modes for each element of the block that they work on at a time: the growth of mx.get_peak_memory.
@@ -108,6 +132,19 @@ class Options:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--q-override {pattern}: not a regular expression: {error}") from error
+
+    def described(self) -> dict[str, object]:
+        """Return the options as plain values."""
+        embed_q = self.embed_q if isinstance(self.embed_q, str) else dict(self.embed_q.config)
+        return {
+            "quantize": None if self.quantize is None else dict(self.quantize.config),
+            "recipe": self.recipe,
+            "dtype": None if self.dtype is None else self.dtype.name,
+            "dequantize": self.dequantize,
+            "embed_q": embed_q,
+            "overrides": [[pattern, spec and dict(spec.config)] for pattern, spec in self.overrides],
+            "keep_vision": self.keep_vision,
+        }
 
     def overriding(self, path: str) -> tuple[str, QuantSpec | None] | None:
         """Return the override that decides on the module at this path, or None."""
@@ -219,6 +256,15 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """How a plan is carried out: threads, elements of a slab, and the bytes of memory that this takes."""
+
+    threads: int
+    slab_elements: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a conversion will do."""
 
@@ -255,9 +301,39 @@ class Plan:
         """What the K halves of packed kv_b_proj become, in bytes and precision."""
         return _embed_q_costs(self.steps)
 
-    def peak_bytes(self, threads: int) -> int:
-        """Return the bytes that the slabs of all threads may take at once, the interpreter aside."""
-        return threads * max((_slab_bytes(step) for step in self.steps), default=0)
+    def workload(self, max_memory: int = MAX_MEMORY, threads: int = THREADS) -> Workload:
+        """Return how to work within so many bytes of memory, with at most so many threads.
+
+        Slabs become smaller before threads become fewer, as long as slabs are worth a thread. Raises
+        MlaToolsError that names the smallest budget, if this one is too small.
+        """
+        base = _BASE_BYTES + _BYTES_PER_TENSOR * len(self.checkpoint.tensors)
+        unlike = self._unlike_steps()
+
+        def peak(count: int, elements: int) -> int:
+            return base + count * max((_slab_bytes(step, elements) for step in unlike), default=0)
+
+        sizes = [SLAB_ELEMENTS >> shift for shift in range(SLAB_ELEMENTS.bit_length())]
+        worth = [size for size in sizes if size >= _WORTH_A_THREAD]
+        choices = [(count, size) for count in range(threads, 0, -1) for size in worth]
+        choices += [(1, size) for size in sizes if size < _WORTH_A_THREAD]
+        for count, size in choices:
+            if (needed := peak(count, size)) <= max_memory:
+                return Workload(count, size, needed)
+        raise MlaToolsError(
+            f"This conversion does not work in {max_memory:,} bytes of memory;"
+            f" the least is --max-memory {-(-peak(1, 1) // 10**6)}MB."
+        )
+
+    def _unlike_steps(self) -> list[Step]:
+        """Return a step of each kind: of those that differ in nothing but names, the first."""
+        kinds: dict[tuple[object, ...], Step] = {}
+        for step in self.steps:
+            sources = step.sources[:1]
+            kind = (step.op, len(step.sources), *((s.spec, s.codec) for s in sources))
+            targets = tuple((target.codec, target.spec, target.moved) for target in step.targets)
+            kinds.setdefault((*kind, targets), step)
+        return list(kinds.values())
 
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -1005,9 +1081,9 @@ def _brief(value: object) -> str:
     return repr(value)
 
 
-def _slab_bytes(step: Step) -> int:
+def _slab_bytes(step: Step, limit: int) -> int:
     """Return the working set of the first slab of a step, which is the largest."""
-    slab = next(iter(step.op.slabs([source.spec for source in step.sources], SLAB_ELEMENTS)), None)
+    slab = next(iter(step.op.slabs([source.spec for source in step.sources], limit)), None)
     if slab is None:
         return 0
     read = sum(_rows_bytes(step.sources[block.index], block.start, block.stop) for block in slab.reads)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mla_tools.errors import INDEX, CheckpointError, MlaToolsError, fold_names
 from mla_tools.files.checkpoint import Checkpoint
-from mla_tools.plan import Plan, Source, Step, Steps
+from mla_tools.plan import Plan, Source, Step, Steps, Workload
 from mla_tools.rules import short
 
 __all__ = [
@@ -36,7 +36,7 @@ def human_bytes(count: int) -> str:
     return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Plan, workload: Workload | None = None) -> str:
     """Return a plan as lines in which tensors that differ in their indices alone are one."""
     tensors = sum(len(step.targets) for step in plan.steps)
     stored = len(plan.checkpoint.tensors)
@@ -53,6 +53,9 @@ def plan_text(plan: Plan) -> str:
         lines += ["", "config.json", *(f"  {line}" for line in plan.config_changes)]
     if plan.notes:
         lines += ["", "notes", *(f"  {line}" for line in plan.notes)]
+    if workload is not None:
+        threads = _count(workload.threads, "thread")
+        lines += ["", f"memory: up to {human_bytes(workload.peak_bytes)} with {threads} (--max-memory)"]
     return "\n".join(lines)
 
 
@@ -148,7 +151,7 @@ def _layer(name: str) -> str:
     return f"{words[0]}.{words[1]}" if len(words) > 1 else name
 
 
-def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
+def plan_json(plan: Plan, workload: Workload) -> dict[str, Any]:
     """Return a plan as plain values, every tensor by name."""
     return {
         "family": plan.family.name,
@@ -178,7 +181,8 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "copied_files": [file.name for file in plan.checkpoint.companions],
         "bytes": plan.nbytes,
         "parameters": plan.parameters,
-        "peak_bytes": plan.peak_bytes(threads),
+        "peak_bytes": workload.peak_bytes,
+        "threads": workload.threads,
         "config": plan.config,
         "config_changes": list(plan.config_changes),
         "embed_q": [asdict(cost) for cost in plan.embed_q_costs],

@@ -32,6 +32,9 @@ _MAX_CONFIG = 16 << 20
 _MAX_INDEX = 64 << 20
 _COMPANIONS = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 
+# What this package wrote about an output is not true of another one that is made of it.
+_RECORDS = "mla_tools.*"
+
 # Sections on quantization beside config.json: mlx-lm reads the first for the output's own.
 _OTHER_FORMATS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -364,7 +367,7 @@ def _companions(place: Place, names: Iterable[str], notes: list[str]) -> tuple[F
     found = []
     for name in names:
         wanted = any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)
-        if not wanted or name == CONFIG or name.endswith(".index.json"):
+        if not wanted or name == CONFIG or name.endswith(".index.json") or fnmatchcase(name, _RECORDS):
             continue
         if name in _OTHER_FORMATS:
             notes.append(

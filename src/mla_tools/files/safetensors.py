@@ -8,14 +8,16 @@ ever allocated. Source: the safetensors format description.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import reprlib
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,7 @@ _MAX_NAME = 4096
 _MAX_AXES = 64  # numpy's limit; it also bounds the work that a product of the axes can make
 _MAX_NUMBER = 1 << 63
 _MAX_PROBLEMS = 10_000
+_HASHED_AT_ONCE = 1 << 20
 _MAX_TRANSFER = 1 << 30  # macOS refuses a single write of 2 GiB and more
 
 _KEYS = {"dtype", "shape", "data_offsets"}
@@ -347,35 +350,52 @@ class Writer:
     """A safetensors file that has its full size from the start and is filled in any order, by any thread.
 
     The bytes go to `<path>.partial`, which takes the final name in `finish`, when every byte of every
-    tensor was written exactly once. A partial file that an earlier run left is replaced. Leaving the
-    context without `finish` removes the partial file. Raises MlaToolsError, also for a full disk.
+    tensor was written exactly once. A partial file that an earlier run left is replaced, unless `done`
+    names the tensors that it holds already: then it is gone on with. Leaving the context without `finish`
+    removes the partial file; `suspend` keeps it. Raises MlaToolsError, also for a full disk.
     """
 
-    def __init__(self, path: str | os.PathLike[str], layout: Layout) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], layout: Layout, done: Collection[str] | None = None
+    ) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = partial_path(self.path)
         self._layout = layout
         self._ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.offsets}
-        self._written = 0
         self._idle = threading.Condition()
         self._busy = 0
         self._open = True  # whether `write` is still allowed
         self._fd = -1
         self._refuse_existing()
         try:
-            # A new file, not the old one emptied: a run that still writes the old one must not hit ours.
-            self.partial.unlink(missing_ok=True)
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._fd, layout.size)
-            self._write_at(memoryview(layout.header), 0)
+            if done is None:
+                self._start()
+            else:
+                self._go_on(done)
         except OSError as error:
             self.abort()
             raise self._failed(error) from error
 
-    @property
-    def written(self) -> int:
-        """The number of bytes of tensors written so far."""
-        return self._written
+    def _start(self) -> None:
+        # A new file, not the old one emptied: a run that still writes the old one must not hit ours.
+        self.partial.unlink(missing_ok=True)
+        self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.ftruncate(self._fd, self._layout.size)
+        self._write_at(memoryview(self._layout.header), 0)
+
+    def _go_on(self, done: Collection[str]) -> None:
+        advice = "start again with --overwrite"
+        try:
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise MlaToolsError(f"{self.partial} is gone, so it cannot be gone on with; {advice}") from error
+        header = self._layout.header
+        if os.fstat(self._fd).st_size != self._layout.size or os.pread(self._fd, len(header), 0) != header:
+            self.suspend()
+            raise MlaToolsError(f"{self.partial} is not the file that was begun; {advice}")
+        for name in done:
+            if self._layout.nbytes[name]:
+                self._ranges[name].append((0, self._layout.nbytes[name]))
 
     def write(self, name: str, start: int, data: Any) -> None:
         """Write a contiguous buffer at byte `start` of a tensor; any thread may call this.
@@ -398,7 +418,6 @@ class Writer:
             self._write_at(view.cast("B"), self._layout.offsets[name] + start)
             with self._idle:
                 self._ranges[name].append((start, end))
-                self._written += end - start
         except OSError as error:
             raise self._failed(error) from error
         finally:
@@ -406,11 +425,48 @@ class Writer:
                 self._busy -= 1
                 self._idle.notify_all()
 
+    def sync(self) -> None:
+        """Return when all that is written so far is on disk for good."""
+        try:
+            sync(self._fd)
+        except OSError as error:
+            raise self._failed(error) from error
+
     def finish(self) -> None:
         """Give the file its final name, on disk for good; refused unless it was written completely.
 
         After a refusal only `abort` is left.
         """
+        self._complete()
+        try:
+            sync(self._fd)
+            self._refuse_existing()
+            if not self._is_ours():
+                raise MlaToolsError(f"{self.partial} was removed or replaced while it was written")
+            self.partial.rename(self.path)
+            self._close()
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def seal(self) -> str:
+        """Return the sha256 of the complete file, on disk for good but still under its partial name.
+
+        Refused like `finish`, which it takes the place of where several files become final together.
+        """
+        self._complete()
+        try:
+            sync(self._fd)
+            digest = sha256_of(self._fd)
+            if not self._is_ours():
+                raise MlaToolsError(f"{self.partial} was removed or replaced while it was written")
+            self._close()
+        except OSError as error:
+            raise self._failed(error) from error
+        return digest
+
+    def _complete(self) -> None:
+        """End writing, and raise unless every byte was written exactly once."""
         with self._idle:
             if not self._open:
                 raise MlaToolsError(f"{self.path.name} is closed already")
@@ -419,16 +475,13 @@ class Writer:
             more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
             lines = "\n  ".join(faults[:20])
             raise MlaToolsError(f"{self.path.name} was not written exactly once:\n  {lines}{more}")
-        try:
-            os.fsync(self._fd)
-            self._refuse_existing()
-            if not self._is_ours():
-                raise MlaToolsError(f"{self.partial} was removed or replaced while it was written")
-            self.partial.rename(self.path)
-            self._close()
-            self._sync_folder()
-        except OSError as error:
-            raise self._failed(error) from error
+
+    def suspend(self) -> None:
+        """Close the file and leave what is written of it, to be gone on with."""
+        self._stop_writes()
+        if self._fd >= 0:
+            with suppress(OSError):
+                self._close()
 
     def abort(self) -> None:
         """Remove the partial file, after the writes that are under way; nothing happens after `finish`."""
@@ -487,23 +540,48 @@ class Writer:
         fd, self._fd = self._fd, -1
         os.close(fd)
 
-    def _sync_folder(self) -> None:
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            # Some network file systems cannot sync a folder; the file itself is safe there.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(fd)
-
     def _failed(self, error: OSError) -> MlaToolsError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             advice = f"it needs {self._layout.size:,} bytes; free some space or choose another disk"
         else:
             advice = "check the folder, its permissions and the disk"
         return MlaToolsError(f"{self.path} cannot be written: {error.strerror}; {advice}")
+
+
+def partial_path(path: Path) -> Path:
+    """Return where the bytes of a file go until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def sync(fd: int) -> None:
+    """Return when the bytes of a file are on disk for good."""
+    if sys.platform == "darwin":  # there, fsync leaves them in the cache of the drive
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on disk for good."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; the file itself is safe there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def sha256_of(fd: int) -> str:
+    """Return the sha256 of an open file in hexadecimal."""
+    digest, offset = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_HASHED_AT_ONCE))
+    while count := os.preadv(fd, [buffer], offset):
+        digest.update(buffer[:count])
+        offset += count
+    return digest.hexdigest()
 
 
 class _Used:
