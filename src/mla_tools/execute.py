@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mla_tools.codecs import MlxQuantized, repacking
 from mla_tools.distributed import Alone, Group
 from mla_tools.errors import MlaToolsError
+from mla_tools.files.place import Bytes
 from mla_tools.files.safetensors import Reader
 from mla_tools.ops import Slab
 from mla_tools.output import Output, begin, is_complete
@@ -173,9 +175,10 @@ def _run(plan: Plan, output: Output, workload: Workload, progress: Progress) -> 
     def work(number: int, slab: Slab) -> tuple[int, int]:
         if not hasattr(local, "stream"):
             local.stream = mx.new_stream(mx.default_device())
+            local.arena = _Arena()
         wanted = {target - first_targets[number] for target in todo[number]}
         with mx.stream(local.stream):
-            return number, _slab(plan.steps[number], slab, wanted, plan, reader, output)
+            return number, _slab(plan.steps[number], slab, wanted, plan, reader, local.arena, output)
 
     def note(done: set[Future[tuple[int, int]]]) -> None:
         for future in done:
@@ -245,39 +248,73 @@ def _ordered(
             yield number, slab
 
 
-def _slab(step: Step, slab: Slab, wanted: set[int], plan: Plan, reader: Reader, output: Output) -> int:
+class _Arena:
+    """Memory of one thread into which stored bytes are read, and which MLX computes on where they lie."""
+
+    # What every dtype and every kernel is content with.
+    _ALIGNMENT = 64
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def reserve(self, nbytes: Sequence[int]) -> Iterator[tuple[Bytes, mx.array]]:
+        """Yield a buffer for each of these sizes, and the same memory as an array.
+
+        What was reserved before must not be in use any more.
+        """
+        import mlx.core as mx
+        import numpy as np
+
+        starts = list(accumulate((-(-n // self._ALIGNMENT) * self._ALIGNMENT for n in nbytes), initial=0))
+        if starts[-1] > self._size:
+            self._array = mx.zeros((starts[-1],), dtype=mx.uint8)
+            mx.eval(self._array)
+            self._bytes = np.array(self._array, copy=False)
+            self._size = starts[-1]
+        for start, n in zip(starts, nbytes, strict=False):
+            yield self._bytes[start : start + n], self._array[start : start + n]
+
+
+def _slab(
+    step: Step, slab: Slab, wanted: set[int], plan: Plan, reader: Reader, arena: _Arena, output: Output
+) -> int:
     """Read, transform and write the wanted targets of one slab; return the number of bytes written."""
     import mlx.core as mx
     import numpy as np
 
-    parts = []
-    for block in slab.reads:
-        source = step.sources[block.index]
-        cut = source.codec.cut(block.start, block.stop)
-        held = {part: _read(plan, reader, source.parts[part], *rows) for part, rows in cut.items()}
-        with _named(source):
-            source.codec.check(held)
-        parts.append(held)
-    results = transform(step, slab, parts)
-    kept = [(b, r) for b, r in zip(slab.writes, results, strict=True) if b.index in wanted]
-    mx.eval([result for _, result in kept])
-    written = 0
-    for block, result in kept:
-        target = step.targets[block.index]
-        stored = target.codec.encoded(target.spec)
-        for part, array in result.items():
-            data = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8), copy=False)
-            output.write(target.parts[part], target.offset(part, block.start, stored[part]), data)
-            written += data.nbytes
-    return written
+    results = transform(step, slab, _read(step, slab, plan, reader, arena))
+    written = []
+    for block, result in zip(slab.writes, results, strict=True):
+        if block.index in wanted:
+            target = step.targets[block.index]
+            stored = target.codec.encoded(target.spec)
+            for part, array in result.items():
+                start = target.offset(part, block.start, stored[part])
+                written.append((target.parts[part], start, array.reshape(-1).view(mx.uint8)))
+    mx.eval([array for _, _, array in written])
+    for name, start, array in written:
+        output.write(name, start, np.ascontiguousarray(np.array(array, copy=False)))
+    return sum(array.nbytes for _, _, array in written)
 
 
-def _read(plan: Plan, reader: Reader, name: str, first: int, last: int) -> mx.array:
-    """Return rows first..last of a stored tensor as a two-axis array."""
+def _read(step: Step, slab: Slab, plan: Plan, reader: Reader, arena: _Arena) -> list[dict[str, mx.array]]:
+    """Return the stored rows of each read block, as two-axis arrays that are good until the next call."""
     import mlx.core as mx
 
-    stored = plan.checkpoint.tensors[name]
-    spec = stored.spec
-    raw = reader.read(stored.file, stored.offset + first * spec.row_bytes, (last - first) * spec.row_bytes)
-    array = mx.array(raw.view(spec.dtype.numpy)).reshape(last - first, spec.width)
-    return array.view(mx.bfloat16) if spec.dtype.mlx == "bfloat16" else array
+    cuts = [step.sources[block.index].codec.cut(block.start, block.stop) for block in slab.reads]
+    wanted = []
+    for number, (block, cut) in enumerate(zip(slab.reads, cuts, strict=True)):
+        for part, (first, last) in cut.items():
+            stored = plan.checkpoint.tensors[step.sources[block.index].parts[part]]
+            wanted.append((number, part, stored, first, last))
+    parts: list[dict[str, mx.array]] = [{} for _ in slab.reads]
+    places = arena.reserve([(last - first) * stored.spec.row_bytes for *_, stored, first, last in wanted])
+    for (number, part, stored, first, last), (buffer, array) in zip(wanted, places, strict=True):
+        spec = stored.spec
+        reader.read(stored.file, stored.offset + first * spec.row_bytes, len(buffer), buffer)
+        parts[number][part] = array.view(getattr(mx, spec.dtype.mlx)).reshape(last - first, spec.width)
+    for block, held in zip(slab.reads, parts, strict=True):
+        source = step.sources[block.index]
+        with _named(source):
+            source.codec.check(held)
+    return parts

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
-from mla_tools.files.place import File, Folder, Kind, OpenFile, Place, check_range, shown
+from mla_tools.files.place import Bytes, File, Folder, Kind, OpenFile, Place, check_range, shown
 from mla_tools.files.ranges import PassingError, Ranges, Sleep, passing, persist, refusal
 
 __all__ = ["Repository", "locate", "open_repository"]
@@ -252,8 +252,12 @@ class _RepositoryFile:
     def open(self) -> OpenFile:
         return self
 
-    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        return self.repository.read(self.name, offset, nbytes)
+    def read(self, offset: int, nbytes: int, into: Bytes | None = None) -> Bytes:
+        data = self.repository.read(self.name, offset, nbytes)
+        if into is None:
+            return data
+        into[:] = data
+        return into
 
     def close(self) -> None:
         pass

@@ -19,6 +19,7 @@ from mla_tools.errors import CheckpointError, Problem
 
 __all__ = [
     "AGAIN",
+    "Bytes",
     "File",
     "Folder",
     "LocalFile",
@@ -33,6 +34,7 @@ __all__ = [
 
 AGAIN = "Download the file again; an interrupted download leaves files like this."
 
+Bytes = NDArray[np.uint8]
 Kind = Literal["file", "folder", "gone", "other"]
 
 _MAX_TRANSFER = 1 << 30  # macOS refuses a single read of 2 GiB and more
@@ -45,8 +47,8 @@ class OpenFile(Protocol):
     @property
     def size(self) -> int: ...
 
-    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Return a range of bytes; raises CheckpointError if the file ends before."""
+    def read(self, offset: int, nbytes: int, into: Bytes | None = None) -> Bytes:
+        """Return a range of bytes, in `into` if that is given; CheckpointError if the file ends before."""
 
     def close(self) -> None: ...
 
@@ -122,9 +124,9 @@ class _OpenLocalFile:
     def __init__(self, name: str, fd: int, size: int) -> None:
         self._name, self._fd, self.size = name, fd, size
 
-    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+    def read(self, offset: int, nbytes: int, into: Bytes | None = None) -> Bytes:
         check_range(self._name, offset, nbytes, self.size)
-        data = np.empty(nbytes, np.uint8)
+        data = np.empty(nbytes, np.uint8) if into is None else into
         view, done = data.data, 0
         while done < nbytes:
             try:

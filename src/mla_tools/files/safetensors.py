@@ -24,11 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
-from mla_tools.files.place import AGAIN, File, OpenFile, as_file, shown
+from mla_tools.files.place import AGAIN, Bytes, File, OpenFile, as_file, shown
 from mla_tools.spec import DType, Spec
 
 __all__ = [
@@ -602,10 +599,15 @@ class Reader:
         self._files: OrderedDict[File, _Used] = OrderedDict()
         self._closed = False
 
-    def read(self, file: File | str | os.PathLike[str], offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Return `nbytes` bytes from byte `offset` of a file; raises CheckpointError if it ends before."""
+    def read(
+        self, file: File | str | os.PathLike[str], offset: int, nbytes: int, into: Bytes | None = None
+    ) -> Bytes:
+        """Return `nbytes` bytes from byte `offset` of a file, in a buffer of that size if one is given.
+
+        Raises CheckpointError if the file ends before.
+        """
         with self._use(as_file(file)) as opened:
-            return opened.read(offset, nbytes)
+            return opened.read(offset, nbytes, into)
 
     def close(self) -> None:
         """Close every file; reads that are under way end first, later ones are refused."""
