@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from conversion import convert
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import CheckpointError, MlaToolsError
+from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.plan import Options, make_plan
 from mla_tools.sample import write_sample
-from mla_tools.verify import ManifestCheck, compare, manifest
+from mla_tools.verify import ManifestCheck, compare, manifest, verify_output
 
 Shapes = dict[str, list[int]]
 
@@ -125,3 +128,103 @@ def test_cancel_ends_the_child_and_may_come_twice() -> None:
     assert child.poll() is not None
     assert all(pipe is None or pipe.closed for pipe in (child.stdin, child.stdout, child.stderr))
     check.cancel()
+
+
+# --- an output and what it says of itself ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    write_sample("deepseek_v3", folder / "source")
+    execute(make_plan(open_checkpoint(folder / "source"), Options()), folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def out(converted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "out"))
+
+
+def test_an_output_is_as_it_was_written(out: Path) -> None:
+    read: list[int] = []
+    count, nbytes = verify_output(out, progress=read.append)
+    names = [path for path in out.iterdir() if path.name != "mla_tools.json"]
+    assert count == len(names)
+    assert nbytes == sum(path.stat().st_size for path in names) == sum(read)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+DAMAGES = {
+    "a flipped bit": (flip, "has other bytes"),
+    "cut short": (cut, "has another size"),
+    "gone": (Path.unlink, "is not there"),
+    "a link to nowhere": (link, "is not there"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"]
+)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_as_it_was_is_named(damage: str, name: str, out: Path) -> None:
+    harm, text = DAMAGES[damage]
+    harm(out / name)
+    with pytest.raises(CheckpointError) as caught:
+        verify_output(out)
+    assert any(problem.subject == name and text in problem.what for problem in caught.value.problems)
+
+
+def test_quick_compares_all_but_the_bytes(out: Path) -> None:
+    flip(out / "model.safetensors")
+    verify_output(out, quick=True)
+    cut(out / "model.safetensors")
+    with pytest.raises(CheckpointError):
+        verify_output(out, quick=True)
+
+
+def test_a_stray_file_that_mlx_lm_would_load_is_named(out: Path) -> None:
+    shutil.copy(out / "model.safetensors", out / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="mlx-lm would load it"):
+        verify_output(out)
+
+
+def test_an_unfinished_folder_is_said_to_be_one(out: Path) -> None:
+    (out / "mla_tools.journal-00000.jsonl").write_text("{}\n")
+    with pytest.raises(MlaToolsError, match="unfinished"):
+        verify_output(out)
+
+
+RECORDS = {
+    "absent": None,
+    "not JSON": "{",
+    "a list": "[]",
+    "no files": "{}",
+    "files of another kind": '{"files": {"a": 1}}',
+    "a path out of the folder": '{"files": {"../a": {"bytes": 1, "sha256": "0"}}}',
+    "a size that is none": '{"files": {"a": {"bytes": true, "sha256": "0"}}}',
+}
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_folder_without_a_usable_record_is_refused(record: str, out: Path) -> None:
+    (out / "mla_tools.json").unlink()
+    text = RECORDS[record]
+    if text is not None:
+        (out / "mla_tools.json").write_text(text)
+    with pytest.raises(MlaToolsError, match="nothing to compare it with"):
+        verify_output(out)

@@ -40,6 +40,7 @@ Turn downloaded checkpoints of MLA models into ones that run on MLX.
   mla-sanitize inspect DIR                      what is this, and is anything wrong with it?
   mla-sanitize plan DIR -q                      what would a conversion to 4 bits do?
   mla-sanitize convert DIR --mlx-path OUT -q    do it
+  mla-sanitize verify OUT                       is it still what was written?
   mlx_lm.generate --model OUT --prompt "..."    run it
 """
 
@@ -186,6 +187,19 @@ def _inspect(args: argparse.Namespace) -> int:
     survey = report.survey_json(checkpoint, made)
     print(json.dumps(survey, indent=2) if args.json else report.survey_text(survey, error))
     return 1 if problems else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mla_tools.verify import verify_output
+
+    folder = Path(args.folder)
+    count, nbytes = verify_output(folder, quick=args.quick)
+    if args.json:
+        print(json.dumps({"output": str(folder), "files": count, "bytes": nbytes, "quick": args.quick}))
+    else:
+        compared = "sizes and headers" if args.quick else "sizes, headers and sha256"
+        print(f"{folder}: complete, {count} files, {report.human_bytes(nbytes)}; {compared} are as written")
+    return 0
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -349,6 +363,17 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_source(inspect)
     inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser(
+        "verify",
+        help="is an output complete and as it was written?",
+        description="Compare an output of convert with its mla_tools.json: sizes, headers, index and sha256.",
+        epilog=_EPILOG,
+    )
+    verify.add_argument("folder", metavar="OUT", help="the folder that convert wrote")
+    verify.add_argument("--quick", action="store_true", help="leave the sha256 out")
+    _add_json(verify)
+    verify.set_defaults(run=_verify)
 
     sample = commands.add_parser(
         "sample",

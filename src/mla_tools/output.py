@@ -30,7 +30,18 @@ from mla_tools.files.place import copy
 from mla_tools.files.safetensors import Writer, partial_path, sha256_of, sync, sync_folder
 from mla_tools.plan import OutputFile, Plan, Target
 
-__all__ = ["INDEX", "JOURNALS", "RECORD", "Output", "begin", "check_output", "identity", "is_complete"]
+__all__ = [
+    "INDEX",
+    "JOURNALS",
+    "RECORD",
+    "Output",
+    "begin",
+    "check_output",
+    "identity",
+    "is_complete",
+    "journals",
+    "read_record",
+]
 
 RECORD = "mla_tools.json"
 INDEX = "model.safetensors.index.json"
@@ -89,7 +100,7 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
         return
     if not folder.is_dir():
         raise MlaToolsError(f"Cannot save to the path {folder} as it already exists and is not a folder.")
-    if _journals(folder):
+    if journals(folder):
         if not (resume or overwrite):
             raise MlaToolsError(
                 f"{folder} is an unfinished output: go on with --resume, or start again with --overwrite."
@@ -109,7 +120,7 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
 
 def is_complete(folder: Path, plan: Plan, device: str) -> bool:
     """Return whether a folder is the complete output of this very plan."""
-    if _journals(folder) or not (folder / INDEX).is_file():
+    if journals(folder) or not (folder / INDEX).is_file():
         return False
     record = _read_json(folder / RECORD)
     return record is not None and not _differences(record, identity(plan, device))
@@ -159,13 +170,13 @@ def _make(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove an output of this tool, and nothing that it did not make."""
     ours = {RECORD, INDEX, "config.json"}
-    known = [_read_json(folder / RECORD), *(first for first, _ in map(_read_journal, _journals(folder)))]
+    known = [_read_json(folder / RECORD), *(first for first, _ in map(_read_journal, journals(folder)))]
     for told in known:
         output = (told or {}).get("output")
         if isinstance(output, dict):
             ours |= {str(name) for key in ("files", "copied") for name in output.get(key) or ()}
     ours |= {partial_path(Path(name)).name for name in ours}
-    ours |= {path.name for path in _journals(folder)}
+    ours |= {path.name for path in journals(folder)}
     strange = sorted(path.name for path in folder.iterdir() if path.name not in ours or path.is_dir())
     if strange:
         few = ", ".join(strange[:4]) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
@@ -209,7 +220,7 @@ class Journal:
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._be_the_only_one()
-            for other in _journals(folder):
+            for other in journals(folder):
                 first, _ = _read_journal(other)
                 if first is not None and (changed := _differences(first, told)):
                     lines = "\n  ".join(changed)
@@ -246,7 +257,23 @@ class Journal:
         os.close(self._fd)
 
 
-def _journals(folder: Path) -> list[Path]:
+def read_record(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Return the size and the sha256 of each file of a complete output, None where that is not told."""
+    files = (_read_json(folder / RECORD) or {}).get("files")
+    if not isinstance(files, dict) or not files:
+        return None
+    found = {}
+    for name, told in files.items():
+        plain = name not in ("", ".", "..") and not set("/\\\0") & set(name)
+        nbytes, sha256 = (told.get("bytes"), told.get("sha256")) if isinstance(told, dict) else (None, None)
+        if not plain or type(nbytes) is not int or type(sha256) is not str:
+            return None
+        found[name] = (nbytes, sha256)
+    return found
+
+
+def journals(folder: Path) -> list[Path]:
+    """Return the journals of the ranks that write a folder; none, if nobody does."""
     return sorted(folder.glob(JOURNALS))
 
 
@@ -286,7 +313,7 @@ class _State:
     @classmethod
     def of(cls, folder: Path) -> _State:
         state = cls()
-        for path in _journals(folder):
+        for path in journals(folder):
             for line in _read_journal(path)[1]:
                 for first, last in line.get("done", ()):
                     state.done.update(range(first, last))
@@ -454,7 +481,7 @@ class Output:
         sync_folder(self.folder)
         index.rename(self.folder / INDEX)
         sync_folder(self.folder)
-        for path in _journals(self.folder):
+        for path in journals(self.folder):
             path.unlink()
 
 

@@ -80,13 +80,16 @@ MAX_MEMORY = 2 * 10**9
 
 # What the process takes before the first slab: the interpreter with MLX and numpy, and what a plan
 # holds for each stored tensor. Measured, as growth of the resident size.
-_BASE_BYTES = 150 * 10**6
-_BYTES_PER_TENSOR = 3000
+_BASE_BYTES = 90 * 10**6
+_BYTES_PER_TENSOR = 1200
 
-# Bytes of working memory that the CPU encoders take for each element, and those of the 4-bit float
-# modes for each element of the block that they work on at a time: the growth of mx.get_peak_memory.
-_SCRATCH = {"affine": 0, "mxfp8": 8, "mxfp4": 4, "nvfp4": 4}
-_BLOCK_SCRATCH = {"mxfp4": 32, "nvfp4": 32}
+# Bytes of working memory for each element of a slab beyond what is read and what is written, the growth
+# of mx.get_peak_memory. Codes that are decoded, at worst; codes that are packed in another way; and, for
+# each byte of the float dtype, what encoders need. Those of the 4-bit float modes work on a block at a time.
+_DECODED = 13
+_REPACKED = 5
+_ENCODED = {"affine": 0.0, "mxfp8": 2.5, "mxfp4": 2.0, "nvfp4": 2.0}
+_BLOCK_ENCODED = {"mxfp4": 20, "nvfp4": 20}
 _BLOCK_ELEMENTS = 1 << 18
 
 # Output files are filled up to this, as mlx-lm does it.
@@ -1088,17 +1091,26 @@ def _slab_bytes(step: Step, limit: int) -> int:
         return 0
     read = sum(_rows_bytes(step.sources[block.index], block.start, block.stop) for block in slab.reads)
     elements = sum((b.stop - b.start) * step.sources[b.index].spec.width for b in slab.reads)
-    # Stored bytes twice (as read and as an array), the values in float32 and in the target's dtype,
-    # once more where an op reorders them, what is written, and what the encoder needs.
-    modes = [t.codec.spec.mode for t in step.targets if isinstance(t.codec, MlxQuantized) and not t.moved]
-    scratch = max((_SCRATCH[mode] for mode in modes), default=0)
-    block = max((_BLOCK_SCRATCH.get(mode, 0) for mode in modes), default=0)
-    return 2 * read + elements * (16 + scratch) + min(elements, _BLOCK_ELEMENTS) * block
+    written = sum(_rows_bytes(step.targets[b.index], b.start, b.stop) for b in slab.writes)
+    made = [target for target in step.targets if not target.moved]
+    if not made:
+        same = all(target.codec == source.codec for target in step.targets for source in step.sources)
+        return read + written + (0 if same else elements * _REPACKED)
+    width = max(target.spec.dtype.nbytes for target in made)
+    each = 0.0 if isinstance(step.op, Same) else width
+    if any(source.codec.quantized for source in step.sources):
+        each += _DECODED
+    elif any(source.spec.dtype is not target.spec.dtype for source in step.sources for target in made):
+        each += width
+    modes = [target.codec.spec.mode for target in made if isinstance(target.codec, MlxQuantized)]
+    each += width * max((_ENCODED[mode] for mode in modes), default=0.0)
+    block = width * max((_BLOCK_ENCODED.get(mode, 0) for mode in modes), default=0)
+    return read + written + int(elements * each) + min(elements, _BLOCK_ELEMENTS) * block
 
 
-def _rows_bytes(source: Source, start: int, stop: int) -> int:
-    encoded = source.codec.encoded(source.spec)
+def _rows_bytes(tensor: Source | Target, start: int, stop: int) -> int:
+    encoded = tensor.codec.encoded(tensor.spec)
     return sum(
         (last - first) * encoded[part].row_bytes
-        for part, (first, last) in source.codec.cut(start, stop).items()
+        for part, (first, last) in tensor.codec.cut(start, stop).items()
     )

@@ -1,4 +1,6 @@
-"""Does an output agree with the model class that will load it?
+"""Is an output what was written, and does it agree with the model class that will load it?
+
+A complete output says in mla_tools.json what each of its files must be; `verify_output` compares.
 
 The class of the installed mlx-lm is asked in a child process, because importing mlx_lm costs seconds
 and hundreds of megabytes that a converter has no other use for. The child builds the module tree,
@@ -7,15 +9,24 @@ which is lazy and takes no memory, and compares parameter names and shapes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
+from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.files.place import LocalFile
+from mla_tools.output import RECORD, journals, read_record
 
-__all__ = ["ManifestCheck", "compare", "manifest"]
+__all__ = ["ManifestCheck", "compare", "manifest", "verify_output"]
+
+AGAIN = "Convert again, or copy the file again from where it was whole."
+
+_READ_AT_ONCE = 8 << 20
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -66,6 +77,67 @@ def compare(stored: Shapes, declared: Shapes) -> list[Problem]:
         elif list(found) != list(needed):
             problems.append(Problem(name, "has another shape in mlx-lm's class", f"{needed}", f"{found}"))
     return problems
+
+
+def verify_output(
+    folder: Path, *, quick: bool = False, progress: Callable[[int], None] = lambda nbytes: None
+) -> tuple[int, int]:
+    """Return the number and the bytes of the files of an output, all of which are as they were written.
+
+    Headers and index are read, sizes and the sha256 of every file compared with mla_tools.json; `quick`
+    leaves the sha256 out. `progress` is called with the number of bytes just read. Raises CheckpointError
+    that lists everything that differs, and MlaToolsError for a folder that is no output of this tool.
+    """
+    if journals(folder):
+        raise MlaToolsError(
+            f"{folder} is unfinished: go on with mla-sanitize convert --resume, with the options that it had"
+        )
+    record = read_record(folder)
+    if record is None:
+        raise MlaToolsError(f"{folder} holds no readable {RECORD}, so there is nothing to compare it with")
+    problems = []
+    total = 0
+    for name, told in sorted(record.items()):
+        total += told[0]
+        problem = _file_problem(folder, name, told, quick)
+        if problem is not None:
+            problems.append(problem)
+        progress(told[0])
+    try:
+        checkpoint = open_checkpoint(folder)
+        problems += checkpoint.problems
+        # mlx_lm.load takes every model*.safetensors there is, whatever the index says.
+        strays = [path.name for path in folder.glob("model*.safetensors") if path.name not in record]
+        problems += [
+            Problem(name, "was not written by the conversion, and mlx-lm would load it") for name in strays
+        ]
+    except CheckpointError as error:
+        problems += error.problems
+    if problems:
+        raise CheckpointError(problems)
+    return len(record), total
+
+
+def _file_problem(folder: Path, name: str, told: tuple[int, str], quick: bool) -> Problem | None:
+    """Return in what a file is not what it was, or None."""
+    nbytes, sha256 = told
+    try:
+        opened = LocalFile(folder / name).open()
+    except CheckpointError as error:
+        return error.problems[0]
+    try:
+        if opened.size != nbytes:
+            return Problem(name, "has another size", f"{nbytes:,} bytes", f"{opened.size:,} bytes", AGAIN)
+        if quick:
+            return None
+        digest = hashlib.sha256()
+        for offset in range(0, nbytes, _READ_AT_ONCE):
+            digest.update(opened.read(offset, min(_READ_AT_ONCE, nbytes - offset)).data)
+        if (found := digest.hexdigest()) != sha256:
+            return Problem(name, "has other bytes", f"sha256 {sha256}", found, AGAIN)
+    finally:
+        opened.close()
+    return None
 
 
 class ManifestCheck:
