@@ -51,7 +51,8 @@ CONFIG: Config = {
     "hc_mult": 4,
     "hc_sinkhorn_iters": 20,
     "hc_eps": 1e-6,
-    "index_n_heads": 8,
+    # With few heads many scores would be exactly 0, and which of equal ones are chosen is nobody's truth.
+    "index_n_heads": 16,
     "index_head_dim": 16,
     "index_topk": 8,
     "rope_theta": 10000,

@@ -254,6 +254,21 @@ class Call:
         made: mx.array | None = self._once(("mask", ratio, start, stop, low, count), make)
         return made
 
+    def sparse_masks(self, ratio: int, start: int, stop: int, low: int) -> tuple[mx.array, mx.array] | None:
+        """Return the window's mask [_, queries, keys] and the numbers of entries seen [_, queries, 1].
+
+        None where a single query sees all rows of the window, and all entries there are.
+        """
+
+        def make() -> tuple[mx.array, mx.array] | None:
+            window = self.window_mask(start, stop, low)
+            if stop - start == 1 and self.span.aligned and window.all():
+                return None
+            return mx.array(window), mx.array(self.entries_seen(ratio, start, stop))
+
+        made: tuple[mx.array, mx.array] | None = self._once(("sparse", ratio, start, stop, low), make)
+        return made
+
 
 # ---- parts
 
@@ -280,24 +295,35 @@ class ClampedSwiGLU(nn.Module):
         return swiglu(gate, up, self.limit)
 
 
-@mx.compile  # type: ignore[untyped-decorator]
-def stream_weights(
-    mixes: mx.array, scale: mx.array, base: mx.array, streams: int, iterations: int, eps: float
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return what a hyper-connection weighs its streams with: into the block, out of it, among each other."""
-    into, out, among = mx.split(mixes, [streams, 2 * streams], axis=-1)
-    into_base, out_base, among_base = mx.split(base, [streams, 2 * streams])
-    into = mx.sigmoid(into * scale[0] + into_base) + eps
-    out = 2 * mx.sigmoid(out * scale[1] + out_base)
-    among = mx.unflatten(among * scale[2] + among_base, -1, (streams, streams))
-    among = mx.softmax(among, axis=-1, precise=True) + eps
-    return into, out, _sinkhorn(among, iters=iterations, eps=mx.array(eps))
-
-
-@mx.compile  # type: ignore[untyped-decorator]
-def collapse(streams: mx.array, weights: mx.array) -> mx.array:
+def weighted(streams: mx.array, weights: mx.array) -> mx.array:
     """Return the sum [B, L, D] of the streams [B, L, M, D], weighted [B, L, M]."""
     return (weights[..., None] * streams.astype(mx.float32)).sum(axis=2).astype(streams.dtype)
+
+
+def mixes(streams: mx.array, fn: mx.array, norm_eps: float) -> mx.array:
+    """Return the projection by `fn` of all streams of a token, divided by their root mean square; float32."""
+    return mx.fast.rms_norm(streams.astype(mx.float32).flatten(-2), None, norm_eps) @ fn.T
+
+
+@mx.compile  # type: ignore[untyped-decorator]
+def collapse(
+    streams: mx.array,
+    fn: mx.array,
+    scale: mx.array,
+    base: mx.array,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the input [B, L, D] of a block, and the weights of its output and of the streams for `expand`."""
+    count = streams.shape[2]
+    into, out, among = mx.split(mixes(streams, fn, norm_eps), [count, 2 * count], axis=-1)
+    into_base, out_base, among_base = mx.split(base, [count, 2 * count])
+    into = mx.sigmoid(into * scale[0] + into_base) + eps
+    out = 2 * mx.sigmoid(out * scale[1] + out_base)
+    among = mx.unflatten(among * scale[2] + among_base, -1, (count, count))
+    among = mx.softmax(among, axis=-1, precise=True) + eps
+    return weighted(streams, into), out, _sinkhorn(among, iters=iterations, eps=mx.array(eps))
 
 
 @mx.compile  # type: ignore[untyped-decorator]
@@ -307,30 +333,22 @@ def expand(x: mx.array, streams: mx.array, out: mx.array, among: mx.array) -> mx
     return (out[..., None] * x[..., None, :].astype(mx.float32) + mixed).astype(streams.dtype)
 
 
-def normalized(streams: mx.array, eps: float) -> mx.array:
-    """Return the streams of each token as one vector of float32, divided by its root mean square."""
-    return mx.fast.rms_norm(streams.astype(mx.float32).flatten(-2), None, eps)
-
-
 class HyperConnection(nn.Module):
     """The streams of a token: one vector into a block, and what comes out back into all of them."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.streams, self.iterations = args.hc_mult, args.hc_sinkhorn_iters
-        self.eps, self.norm_eps = args.hc_eps, args.rms_norm_eps
-        mixes = (2 + args.hc_mult) * args.hc_mult
-        self.fn = mx.zeros((mixes, args.hc_mult * args.hidden_size))
-        self.base = mx.zeros((mixes,))
+        self.iterations, self.eps, self.norm_eps = args.hc_sinkhorn_iters, args.hc_eps, args.rms_norm_eps
+        rows = (2 + args.hc_mult) * args.hc_mult
+        self.fn = mx.zeros((rows, args.hc_mult * args.hidden_size))
+        self.base = mx.zeros((rows,))
         self.scale = mx.ones((3,))
 
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return the input of the block, and the two weights that `expand` takes."""
-        mixes = normalized(streams, self.norm_eps) @ self.fn.T
-        into, out, among = stream_weights(
-            mixes, self.scale, self.base, self.streams, self.iterations, self.eps
+        return collapse(
+            streams, self.fn, self.scale, self.base, self.iterations, self.eps, self.norm_eps
         )
-        return collapse(streams, into), out, among
 
 
 class HyperHead(nn.Module):
@@ -344,8 +362,8 @@ class HyperHead(nn.Module):
         self.scale = mx.ones((1,))
 
     def __call__(self, streams: mx.array) -> mx.array:
-        mixes = normalized(streams, self.norm_eps) @ self.fn.T
-        return collapse(streams, mx.sigmoid(mixes * self.scale + self.base) + self.eps)
+        weights = mx.sigmoid(mixes(streams, self.fn, self.norm_eps) * self.scale + self.base) + self.eps
+        return weighted(streams, weights)
 
 
 # ---- experts
@@ -501,8 +519,8 @@ class Indexer(nn.Module):
         q = rotate(q, cos, sin).swapaxes(1, 2)
         return q.astype(mx.float32), self.weights_proj(x).astype(mx.float32)[:, :, None]
 
-    def choose(self, q: mx.array, weights: mx.array, keys: mx.array, seen: mx.array) -> mx.array:
-        """Return [B, L, top_k] of the entries with the keys [B, n, i]; `seen` [_, L, 1] of them count.
+    def choose(self, q: mx.array, weights: mx.array, keys: mx.array, seen: mx.array | None) -> mx.array:
+        """Return [B, L, top_k] of the entries with the keys [B, n, i]; `seen` [_, L, 1] of them count, or all.
 
         The factors that the reference multiplies the scores with are positive and change no choice.
         """
@@ -510,7 +528,8 @@ class Indexer(nn.Module):
         scores = q.reshape(batch, length * heads, dim) @ keys.astype(mx.float32).swapaxes(-1, -2)
         scores = mx.maximum(scores, 0).reshape(batch, length, heads, -1)
         scores = (weights @ scores)[:, :, 0]
-        scores = mx.where(mx.arange(keys.shape[1]) < seen, scores, -mx.inf)
+        if seen is not None:
+            scores = mx.where(mx.arange(keys.shape[1]) < seen, scores, -mx.inf)
         return mx.argpartition(-scores, kth=self.top_k - 1, axis=-1)[..., : self.top_k]
 
 
@@ -594,11 +613,13 @@ class Attention(nn.Module):
         assert entries.keys is not None
         assert entries.queries is not None
         assert entries.weights is not None
-        seen = mx.array(call.entries_seen(self.ratio, start, stop))
-        chosen = self.indexer.choose(
-            entries.queries[:, start:stop], entries.weights[:, start:stop], entries.keys[:, :count], seen
-        )
-        window = mx.array(call.window_mask(start, stop, low))
+        queries, weights = entries.queries[:, start:stop], entries.weights[:, start:stop]
+        masks = call.sparse_masks(self.ratio, start, stop, low)
+        chosen = self.indexer.choose(queries, weights, entries.keys[:, :count], masks and masks[1])
+        if masks is None:
+            far = mx.take_along_axis(entries.rows, chosen.swapaxes(1, 2), axis=1)
+            return self._dot(q, mx.concatenate([near, far], axis=1), None)
+        window, seen = masks
         if length > 1 and count <= DENSE_FACTOR * self.indexer.top_k:
             taken = mx.zeros((batch, length, count), mx.bool_)
             taken = mx.put_along_axis(taken, chosen, chosen < seen, axis=-1)

@@ -23,9 +23,6 @@ import numpy as np
 
 __all__ = ["ArraysCache", "Groups", "Span", "runs"]
 
-# Free places behind the last rows: single tokens are written there, and only when none is left are the
-# rows moved to the front.
-ROOM = 32
 # Entries are allocated for this many tokens at a time, as mlx-lm's caches are.
 GROWTH = 256
 
@@ -85,6 +82,9 @@ class Tail:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        # Free places behind the last rows: single tokens are written there, and only when none is left
+        # are the rows moved to the front.
+        self.room = size // 8 + 1
         self.buffer: mx.array | None = None
         self.end = 0
 
@@ -100,7 +100,7 @@ class Tail:
         """Return [B, past + L, D], the last rows with `new` behind them, and keep the last of those."""
         past = span.past(self.size)
         ends = max(span.ends)
-        if span.length <= ROOM and min(span.counts) == span.length:
+        if span.length <= self.room and min(span.counts) == span.length:
             self._make_room(new, past)
             assert self.buffer is not None
             self.buffer[:, self.end : self.end + span.length] = new
@@ -118,7 +118,7 @@ class Tail:
         batch, length, width = new.shape
         if self.buffer is not None and self.end + length <= self.buffer.shape[1]:
             return
-        room = mx.zeros((batch, ROOM, width), new.dtype)
+        room = mx.zeros((batch, self.room, width), new.dtype)
         if self.buffer is None or not past:
             self.buffer, self.end = room, 0
         else:
