@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 CONFIG = {
     "model_type": "deepseek_v4",
@@ -141,7 +141,9 @@ def main() -> None:
         figures = f"{found['prefill']:8.1f} {found['decode']:7.1f} tokens/s {found['bytes'] / 1e6:7.2f} MB"
         print(f"{name:<10} {figures}  {ratios}")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, **vars(args), **best}, indent=2, default=str) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine, **vars(args), **best}, indent=2, default=str) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
-__all__ = ["CONFIG", "CONFIGS", "Torch", "reference", "relative", "tokens"]
+__all__ = ["CONFIG", "CONFIGS", "Torch", "reference", "relative", "renamed", "tokens"]
 
 Config = dict[str, Any]
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -64,7 +64,13 @@ CONFIG: Config = {
     "tie_word_embeddings": False,
     "compress_ratios": [0, 0, 4, 128, 4, 128, 0],
 }
-YARN = {"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 256}
+YARN = {
+    "type": "yarn",
+    "factor": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 256,
+}
 CONFIGS: dict[str, Config] = {"plain": CONFIG, "yarn": {**CONFIG, "rope_scaling": YARN}}
 
 # Parts of transformers' names -> of ours, in the order in which they are replaced.
@@ -86,8 +92,8 @@ NAMES = [
     ("input_layernorm", "attn_norm"),
     ("post_attention_layernorm", "ffn_norm"),
     ("hc_head.hc_", "hc_head."),
-    ("mlp.experts.", "mlp.switch_mlp."),
-    ("mlp.", "ffn."),
+    (".mlp.experts.", ".ffn.switch_mlp."),
+    (".mlp.", ".ffn."),
 ]
 
 
@@ -97,11 +103,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def renamed(name: str) -> str:
     for theirs, ours in NAMES:
-        # "switch_mlp." and "shared_experts." keep their own gate_proj, and "mlp." is not within a word.
-        if theirs == "mlp.":
-            name = name.replace(".mlp.", ".ffn.")
-        else:
-            name = name.replace(theirs, ours)
+        name = name.replace(theirs, ours)
     return name
 
 
@@ -141,17 +143,28 @@ def _draw(name: str, shape: torch.Size, config: Config) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-class Torch:
-    """Transformers' model of a config with drawn weights."""
+def _given(name: str, drawn: torch.Tensor, given: Arrays) -> torch.Tensor:
+    """Return what is given for a tensor of transformers, or what was drawn."""
+    ours = [renamed(name), f"{renamed(name)}.weight"]
+    if name.endswith("experts.gate_up_proj"):
+        base = renamed(name).removesuffix("gate_up_proj")
+        halves = [given.get(f"{base}{half}_proj.weight") for half in ("gate", "up")]
+        return drawn if halves[0] is None else torch.tensor(np.concatenate(halves, axis=1))
+    found = [given[key] for key in ours if key in given]
+    return torch.tensor(found[0]).reshape(drawn.shape) if found else drawn
 
-    def __init__(self, config: Config) -> None:
+
+class Torch:
+    """Transformers' model of a config with drawn weights, or others that are given under our names."""
+
+    def __init__(self, config: Config, given: Arrays | None = None) -> None:
         keys = {key: value for key, value in copy.deepcopy(config).items() if value is not None}
         self.config = config
         settings = DeepseekV4Config(**keys, attn_implementation="eager")
         self.model = DeepseekV4ForCausalLM(settings).eval()
-        state = {
-            name: _draw(name, tensor.shape, config) for name, tensor in self.model.state_dict().items()
-        }
+        state = {name: _draw(name, tensor.shape, config) for name, tensor in self.model.state_dict().items()}
+        if given is not None:
+            state = {name: _given(name, tensor, given) for name, tensor in state.items()}
         self.model.load_state_dict(state, strict=True)
         self.weights = to_ours(state, config)
 

@@ -32,8 +32,8 @@ i = index_head_dim, R = the compress ratio of the layer, and w = 2 where groups 
     model.layers.N.attn.indexer.weights_proj.weight     [h, D]                          R = 4
     model.layers.N.attn.indexer.compressor.*            as above, with i for d          R = 4
     model.layers.N.ffn.gate.weight                      [E, D]
-    model.layers.N.ffn.gate.tid2eid                     [V, K]                          N < num_hash_layers, int32
-    model.layers.N.ffn.gate.e_score_correction_bias     [E]                             N >= num_hash_layers, float32
+    model.layers.N.ffn.gate.tid2eid                     [V, K]          N < num_hash_layers, int32
+    model.layers.N.ffn.gate.e_score_correction_bias     [E]             other layers, float32
     model.layers.N.ffn.switch_mlp.{gate, up}_proj.weight        [E, I, D]
     model.layers.N.ffn.switch_mlp.down_proj.weight              [E, D, I]
     model.layers.N.ffn.shared_experts.{gate, up}_proj.weight    [S, D]
@@ -75,7 +75,7 @@ SPARSE, RATIOS = 4, (0, 4, 128)
 
 
 @dataclass
-class ModelArgs(BaseModelArgs):  # type: ignore[misc]
+class ModelArgs(BaseModelArgs):
     """The keys of the hub's config.json that the model reads."""
 
     model_type: str
@@ -160,9 +160,9 @@ def inverse_frequencies(args: ModelArgs, *, compressed: bool) -> mx.array:
     return mx.array(mixed.astype(np.float32))
 
 
-@mx.compile  # type: ignore[untyped-decorator]
+@mx.compile
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Return x [B, _, L, d] with the pairs of its last dimensions turned; cos and sin are [_, 1, L, pairs]."""
+    """Return x [B, _, L, d], the pairs of its last dimensions turned; cos and sin are [_, 1, L, pairs]."""
     dims = 2 * cos.shape[-1]
     pairs = mx.unflatten(x[..., -dims:].astype(mx.float32), -1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
@@ -186,7 +186,9 @@ class Call:
         return self._made[key]
 
     def _angles(self, positions: np.ndarray[Any, Any], compressed: bool) -> tuple[mx.array, mx.array]:
-        speeds = self._once(("speeds", compressed), lambda: inverse_frequencies(self._args, compressed=compressed))
+        speeds = self._once(
+            ("speeds", compressed), lambda: inverse_frequencies(self._args, compressed=compressed)
+        )
         angles = mx.array(positions.astype(np.float32))[:, None, :, None] * speeds
         return mx.cos(angles), mx.sin(angles)
 
@@ -242,7 +244,7 @@ class Call:
         return np.stack(numbers, axis=1)
 
     def mask(self, ratio: int, start: int, stop: int, low: int, count: int) -> mx.array | None:
-        """Return bool [_, 1, queries, keys] over the window's rows and `count` entries; None where all is seen."""
+        """Return bool [_, 1, queries, keys] for the window's rows and `count` entries; None if all are seen."""
 
         def make() -> mx.array | None:
             parts = [self.window_mask(start, stop, low)]
@@ -280,7 +282,7 @@ class Norm(nn.RMSNorm):
         return super().__call__(x).astype(x.dtype)
 
 
-@partial(mx.compile, shapeless=True)  # type: ignore[untyped-decorator]
+@partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array, limit: float) -> mx.array:
     """Return silu(gate) * up, both clamped first."""
     return nn.silu(mx.minimum(gate, limit)) * mx.clip(up, -limit, limit)
@@ -305,7 +307,7 @@ def mixes(streams: mx.array, fn: mx.array, norm_eps: float) -> mx.array:
     return mx.fast.rms_norm(streams.astype(mx.float32).flatten(-2), None, norm_eps) @ fn.T
 
 
-@mx.compile  # type: ignore[untyped-decorator]
+@mx.compile
 def collapse(
     streams: mx.array,
     fn: mx.array,
@@ -315,7 +317,7 @@ def collapse(
     eps: float,
     norm_eps: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the input [B, L, D] of a block, and the weights of its output and of the streams for `expand`."""
+    """Return the input [B, L, D] of a block, and for `expand` the weights of its output and the streams."""
     count = streams.shape[2]
     into, out, among = mx.split(mixes(streams, fn, norm_eps), [count, 2 * count], axis=-1)
     into_base, out_base, among_base = mx.split(base, [count, 2 * count])
@@ -326,7 +328,7 @@ def collapse(
     return weighted(streams, into), out, _sinkhorn(among, iters=iterations, eps=mx.array(eps))
 
 
-@mx.compile  # type: ignore[untyped-decorator]
+@mx.compile
 def expand(x: mx.array, streams: mx.array, out: mx.array, among: mx.array) -> mx.array:
     """Return the streams, mixed by the transpose of `among` [B, L, M, M], with x added to each by `out`."""
     mixed = among.swapaxes(-1, -2) @ streams.astype(mx.float32)
@@ -346,9 +348,7 @@ class HyperConnection(nn.Module):
 
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return the input of the block, and the two weights that `expand` takes."""
-        return collapse(
-            streams, self.fn, self.scale, self.base, self.iterations, self.eps, self.norm_eps
-        )
+        return collapse(streams, self.fn, self.scale, self.base, self.iterations, self.eps, self.norm_eps)
 
 
 class HyperHead(nn.Module):
@@ -401,10 +401,8 @@ def expert_weights(scores: mx.array, chosen: mx.array, factor: float) -> mx.arra
     return weights * (factor / (weights.sum(axis=-1, keepdims=True) + 1e-20))
 
 
-@mx.compile  # type: ignore[untyped-decorator]
-def choose_experts(
-    logits: mx.array, bias: mx.array, top_k: int, factor: float
-) -> tuple[mx.array, mx.array]:
+@mx.compile
+def choose_experts(logits: mx.array, bias: mx.array, top_k: int, factor: float) -> tuple[mx.array, mx.array]:
     scores = expert_scores(logits)
     # The bias takes part in the choice, not in the weights.
     chosen = mx.argpartition(-(scores + bias), kth=top_k - 1, axis=-1)[..., :top_k]
@@ -449,9 +447,9 @@ class MoE(nn.Module):
 # ---- attention
 
 
-@mx.compile  # type: ignore[untyped-decorator]
+@mx.compile
 def pool(values: mx.array, gates: mx.array) -> mx.array:
-    """Return [B, g, w], the mean over the tokens of [B, g, tokens, w], weighted by the softmax of the gates."""
+    """Return [B, g, w], the mean over the tokens of [B, g, tokens, w] by the softmax of the gates."""
     weights = mx.softmax(gates.astype(mx.float32), axis=2, precise=True)
     return (values * weights).sum(axis=2)
 
@@ -489,7 +487,7 @@ class Compressor(nn.Module):
         return state.entries.rows
 
     def _pooled(self, tokens: mx.array, call: Call) -> mx.array:
-        """Return [B, g, dim] of the groups [B, g, ratio, 2 * width], with the one before them if they overlap."""
+        """Return [B, g, dim] of the groups [B, g, ratio, 2 * width]; if they overlap, after one more."""
         values, gates = mx.split(tokens, 2, axis=-1)
         gates = gates.astype(mx.float32) + self.ape
         if not self.overlap:
@@ -520,7 +518,7 @@ class Indexer(nn.Module):
         return q.astype(mx.float32), self.weights_proj(x).astype(mx.float32)[:, :, None]
 
     def choose(self, q: mx.array, weights: mx.array, keys: mx.array, seen: mx.array | None) -> mx.array:
-        """Return [B, L, top_k] of the entries with the keys [B, n, i]; `seen` [_, L, 1] of them count, or all.
+        """Return [B, L, top_k] of the entries with the keys [B, n, i]; the first `seen` [_, L, 1] count.
 
         The factors that the reference multiplies the scores with are positive and change no choice.
         """
@@ -531,6 +529,18 @@ class Indexer(nn.Module):
         if seen is not None:
             scores = mx.where(mx.arange(keys.shape[1]) < seen, scores, -mx.inf)
         return mx.argpartition(-scores, kth=self.top_k - 1, axis=-1)[..., : self.top_k]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The compressed entries [B, n, d] of a layer.
+
+    `choose`, where each query takes only some: (first query, end, entries, how many of these each query
+    sees) -> [B, queries, top_k].
+    """
+
+    rows: mx.array
+    choose: Callable[[int, int, int, mx.array | None], mx.array] | None = None
 
 
 class Attention(nn.Module):
@@ -574,7 +584,7 @@ class Attention(nn.Module):
         return self.wo_b(out.swapaxes(1, 2).flatten(2))
 
     def _entries(self, x: mx.array, latent: mx.array, call: Call, cache: LayerCache) -> Entries | None:
-        """Return the compressed entries, with what chooses among them where there are more than a query takes."""
+        """Return the compressed entries, and the choice among them where they are more than a query takes."""
         if cache.compressor is None:
             return None
         rows = self.compressor(x, call, cache.compressor)
@@ -585,7 +595,12 @@ class Attention(nn.Module):
             return None
         if max(call.span.visible(self.ratio, call.span.length - 1)) <= self.indexer.top_k:
             return Entries(rows)
-        return Entries(rows, keys, *self.indexer.queries(x, latent, call))
+        queries, weights = self.indexer.queries(x, latent, call)
+
+        def choose(start: int, stop: int, count: int, seen: mx.array | None) -> mx.array:
+            return self.indexer.choose(queries[:, start:stop], weights[:, start:stop], keys[:, :count], seen)
+
+        return Entries(rows, choose)
 
     def _attend(self, q: mx.array, rows: mx.array, entries: Entries | None, call: Call) -> mx.array:
         """Return [B, H, L, d] of the queries over the window's rows [B, past + L, d] and the entries."""
@@ -597,54 +612,48 @@ class Attention(nn.Module):
             count = 0 if entries is None else max(call.span.visible(self.ratio, stop - 1))
             if entries is None or not count:
                 parts.append(self._dot(block, near, call.mask(0, start, stop, low, 0)))
-            elif entries.keys is None or count <= self.indexer.top_k:
+            elif entries.choose is None or count <= self.indexer.top_k:
                 keys = mx.concatenate([near, entries.rows[:, :count]], axis=1)
                 parts.append(self._dot(block, keys, call.mask(self.ratio, start, stop, low, count)))
             else:
-                parts.append(self._sparse(block, near, entries, call, (start, stop, low, count)))
+                masks = call.sparse_masks(self.ratio, start, stop, low)
+                chosen = entries.choose(start, stop, count, masks and masks[1])
+                parts.append(self._sparse(block, near, entries.rows[:, :count], chosen, masks))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def _sparse(
-        self, q: mx.array, near: mx.array, entries: Entries, call: Call, block: tuple[int, int, int, int]
+        self,
+        q: mx.array,
+        near: mx.array,
+        far: mx.array,
+        chosen: mx.array,
+        masks: tuple[mx.array, mx.array] | None,
     ) -> mx.array:
-        """Return the attention of a block of queries, each over its window and the entries chosen for it."""
-        start, stop, low, count = block
-        batch, heads, length, dim = q.shape
-        assert entries.keys is not None
-        assert entries.queries is not None
-        assert entries.weights is not None
-        queries, weights = entries.queries[:, start:stop], entries.weights[:, start:stop]
-        masks = call.sparse_masks(self.ratio, start, stop, low)
-        chosen = self.indexer.choose(queries, weights, entries.keys[:, :count], masks and masks[1])
+        """Return the attention of a block of queries over the window's rows and each one's chosen entries."""
+        batch, length, taken = chosen.shape
         if masks is None:
-            far = mx.take_along_axis(entries.rows, chosen.swapaxes(1, 2), axis=1)
+            far = mx.take_along_axis(far, chosen.swapaxes(1, 2), axis=1)
             return self._dot(q, mx.concatenate([near, far], axis=1), None)
-        window, seen = masks
-        if length > 1 and count <= DENSE_FACTOR * self.indexer.top_k:
-            taken = mx.zeros((batch, length, count), mx.bool_)
-            taken = mx.put_along_axis(taken, chosen, chosen < seen, axis=-1)
-            window = mx.broadcast_to(window, (batch, length, window.shape[-1]))
-            keys = mx.concatenate([near, entries.rows[:, :count]], axis=1)
-            return self._dot(q, keys, mx.concatenate([window, taken], axis=-1)[:, None])
-        far = mx.take_along_axis(
-            entries.rows[:, None, :count], chosen.reshape(batch, 1, -1)[..., None], axis=2
-        ).reshape(batch, length, -1, dim)
-        if length == 1:
-            mask = mx.concatenate([mx.broadcast_to(window, (batch, *window.shape[1:])), chosen < seen], axis=-1)
-            return self._dot(q, mx.concatenate([near, far[:, 0]], axis=1), mask[:, None])
-        # Each query has keys of its own: it becomes a row of the batch.
-        begin = np.arange(start, stop)[:, None] + call.past - self.window + 1 - low
-        local = np.clip(begin, 0, None) + np.arange(min(self.window, near.shape[1]))
-        index = mx.array(np.minimum(local, near.shape[1] - 1))
-        inside = mx.take_along_axis(window, mx.broadcast_to(index, (window.shape[0], *index.shape)), axis=-1)
-        inside = mx.broadcast_to(inside & mx.array(local < near.shape[1]), (batch, *index.shape))
-        keys = mx.concatenate([near[:, index], far], axis=2)
+        window, valid = mx.broadcast_to(masks[0], (batch, length, near.shape[1])), chosen < masks[1]
+        if length > 1 and far.shape[1] <= DENSE_FACTOR * taken:
+            seen = mx.zeros((batch, length, far.shape[1]), mx.bool_)
+            seen = mx.put_along_axis(seen, chosen, valid, axis=-1)
+            keys = mx.concatenate([near, far], axis=1)
+            return self._dot(q, keys, mx.concatenate([window, seen], axis=-1)[:, None])
+        # Each query has keys of its own: it becomes a row of the batch. In a block, query j sees the
+        # window's rows from `near.shape[1] - length + j` backwards.
+        size = min(self.window, near.shape[1])
+        last = np.arange(near.shape[1] - length, near.shape[1])[:, None]
+        index = mx.array(np.maximum(last - size + 1, 0) + np.arange(size))
+        window = mx.take_along_axis(window, mx.broadcast_to(index, (batch, length, size)), axis=-1)
+        own = mx.take_along_axis(far, chosen.reshape(batch, -1, 1), axis=1)
+        keys = mx.concatenate([near[:, index], mx.unflatten(own, 1, (length, taken))], axis=2)
         out = self._dot(
-            q.swapaxes(1, 2).reshape(batch * length, heads, 1, dim),
-            keys.reshape(batch * length, -1, dim),
-            mx.concatenate([inside, chosen < seen], axis=-1).reshape(batch * length, 1, 1, -1),
+            q.swapaxes(1, 2).flatten(0, 1)[:, :, None],
+            keys.flatten(0, 1),
+            mx.concatenate([window, valid], axis=-1).flatten(0, 1)[:, None, None],
         )
-        return out.reshape(batch, length, heads, dim).swapaxes(1, 2)
+        return mx.unflatten(out[:, :, 0], 0, (batch, length)).swapaxes(1, 2)
 
     def _dot(self, q: mx.array, keys: mx.array, mask: mx.array | None) -> mx.array:
         """Return the attention of q [B, H, L, d] over the keys [B, n, d], with the sinks of the heads."""
@@ -652,16 +661,6 @@ class Attention(nn.Module):
         return mx.fast.scaled_dot_product_attention(
             q, keys, keys, scale=self.head_dim**-0.5, mask=mask, sinks=self.attn_sink.astype(q.dtype)
         )
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The entries [B, n, d] of a layer, and for its indexer their keys, the queries and the heads' weights."""
-
-    rows: mx.array
-    keys: mx.array | None = None
-    queries: mx.array | None = None
-    weights: mx.array | None = None
 
 
 # ---- the model
@@ -738,12 +737,20 @@ class Model(nn.Module):
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
         """Tell which parameters `mlx_lm.convert --dtype` may round; not those that the reference keeps."""
-        kept = ("_hc.", "hc_head.", "attn_sink", "e_score_correction_bias", "norm.", "compressor.", "weights_proj")
+        kept = (
+            "_hc.",
+            "hc_head.",
+            "attn_sink",
+            "e_score_correction_bias",
+            "norm.",
+            "compressor.",
+            "weights_proj",
+        )
         return lambda name: not any(word in name for word in kept)
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
-        """Tell which modules `mlx_lm.convert -q` quantizes: not those that the official checkpoint has in bf16."""
+        """Tell which modules `mlx_lm.convert -q` quantizes; not what the official layout has in bf16."""
         kept = ("compressor.", "weights_proj")
         return lambda path, module: not any(word in path for word in kept)
 

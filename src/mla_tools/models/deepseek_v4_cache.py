@@ -249,10 +249,9 @@ class ArraysCache:
         """Append the rows of another cache."""
         self._join([self, other])
 
-    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+    def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep only these rows of the batch."""
-        rows = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
-        self._take(self, rows)
+        self._take(self, list(batch_indices))
 
     def extract(self, idx: int) -> ArraysCache:
         """Return the cache of one row of the batch, without the room that the others needed."""
