@@ -244,7 +244,7 @@ class Call:
         return np.stack(numbers, axis=1)
 
     def mask(self, ratio: int, start: int, stop: int, low: int, count: int) -> mx.array | None:
-        """Return bool [_, 1, queries, keys] for the window's rows and `count` entries; None if all are seen."""
+        """Return bool [_, 1, queries, keys] for the window's rows and `count` entries; None: all seen."""
 
         def make() -> mx.array | None:
             parts = [self.window_mask(start, stop, low)]
