@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +211,26 @@ def test_a_folder_that_mlx_lm_loads_and_runs(model: Model, source: Torch, tmp_pa
     assert text == tokenizer.decode(greedy[40:])
 
 
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_prompt_cache_in_mlx_lms_commands(model: Model, source: Torch, tmp_path: Path) -> None:
+    # generate reads the cache before it has loaded the model's class.
+    write_folder(tmp_path / "model", model, source.config)
+    common = ["--model", str(tmp_path / "model"), "--trust-remote-code"]
+    cached = ["--prompt-cache-file", str(tmp_path / "cache.safetensors")]
+    text, rest = "a text that is longer than the window of this model", " and what follows it"
+    run(sys.executable, "-m", "mlx_lm", "cache_prompt", *common, *cached, "--prompt", text)
+    asked = ["--prompt", rest, "--max-tokens", "8", "--verbose", "False"]
+    found = run(sys.executable, "-m", "mlx_lm", "generate", *common, *cached, *asked)
+    loaded, tokenizer = load(str(tmp_path / "model"), trust_remote_code=True)
+    ids = tokenizer.encode(text) + tokenizer.encode(rest)
+    assert found.strip() == generate(loaded, tokenizer, ids, max_tokens=8).strip()
+
+
 def test_without_trust_mlx_lm_says_what_it_needs(model: Model, source: Torch, tmp_path: Path) -> None:
     write_folder(tmp_path / "model", model, source.config)
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -373,6 +397,58 @@ REFUSED = {
 def test_configs_that_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelArgs.from_dict({**CONFIG, **keys})
+
+
+RANK = """
+import json, sys
+import mlx.core as mx
+import numpy as np
+from mla_tools.models.deepseek_v4 import Model, ModelArgs
+
+folder = sys.argv[1]
+group = mx.distributed.init(strict=True, backend="ring")
+model = Model(ModelArgs.from_dict(json.load(open(f"{folder}/config.json"))))
+model.load_weights(f"{folder}/model.safetensors")
+model.shard(group)
+cache, ids = model.make_cache(), np.load(f"{folder}/ids.npy")
+parts = [model(mx.array(ids[None, :90]), cache=cache), model(mx.array(ids[None, 90:]), cache=cache)]
+np.save(f"{folder}/rank{group.rank()}.npy", np.concatenate([np.array(part) for part in parts], axis=1))
+assert model.layers[0].attn.wq_b.weight.shape[0] * group.size() == 128 and group.size() == 2
+"""
+
+
+def test_two_ranks_compute_what_one_does(
+    model: Model, source: Torch, truth: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    write_folder(folder, model, source.config)
+    np.save(folder / "ids.npy", np.array(tokens(LENGTH)))
+    (tmp_path / "rank.py").write_text(RANK)
+    hosts = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            hosts.append([f"127.0.0.1:{free.getsockname()[1]}"])
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    command = [sys.executable, str(tmp_path / "rank.py"), str(folder)]
+    ring = {**os.environ, "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+    ranks = [subprocess.Popen(command, env={**ring, "MLX_RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    for rank in range(2):
+        assert relative(np.load(folder / f"rank{rank}.npy")[0], truth) < TOLERANCE
+
+
+class ThreeRanks:
+    def size(self) -> int:
+        return 3
+
+    def rank(self) -> int:
+        return 0
+
+
+def test_ranks_that_do_not_divide_are_refused(source: Torch) -> None:
+    with pytest.raises(ValueError, match="3 ranks do not divide the 2 output groups"):
+        Model(ModelArgs.from_dict(source.config)).shard(ThreeRanks())
 
 
 def test_the_oracle_has_yarn_where_the_config_has(source: Torch) -> None:

@@ -65,7 +65,7 @@ from mla_tools.models.deepseek_v4_cache import Groups, Span, runs
 
 __all__ = ["Model", "ModelArgs"]
 
-# Attention runs over this many queries at a time, each with the keys of its own window.
+# Attention runs over this many queries of all requests at a time, with the keys of their windows.
 QUERY_BLOCK = 128
 # With up to this many times the entries that a query may choose, masking the others is cheaper than
 # gathering the chosen ones for each query.
@@ -234,14 +234,10 @@ class Call:
         seen = (key <= query) & (key > query - self.window)
         return seen & (key >= -self._rows(list(self.span.offsets))[..., None])
 
-    def entry_mask(self, ratio: int, start: int, stop: int, count: int) -> np.ndarray[Any, Any]:
-        """Return bool [_, queries, count]: the entries that each query may see."""
-        return np.arange(count) < self.entries_seen(ratio, start, stop)
-
     def entries_seen(self, ratio: int, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Return [_, queries, 1], the number of entries that each query may see."""
-        numbers = [self._rows(self.span.visible(ratio, query)) for query in range(start, stop)]
-        return np.stack(numbers, axis=1)
+        positions = self._rows(list(self.span.offsets)) + np.arange(start, stop)
+        return ((positions + 1) // ratio)[..., None]
 
     def mask(self, ratio: int, start: int, stop: int, low: int, count: int) -> mx.array | None:
         """Return bool [_, 1, queries, keys] for the window's rows and `count` entries; None: all seen."""
@@ -249,7 +245,7 @@ class Call:
         def make() -> mx.array | None:
             parts = [self.window_mask(start, stop, low)]
             if count:
-                parts.append(self.entry_mask(ratio, start, stop, count))
+                parts.append(np.arange(count) < self.entries_seen(ratio, start, stop))
             both = np.concatenate(parts, axis=-1)
             return None if both.all() else mx.array(both)[:, None]
 
@@ -531,6 +527,12 @@ class Indexer(nn.Module):
         return mx.argpartition(-scores, kth=self.top_k - 1, axis=-1)[..., : self.top_k]
 
 
+def picked(rows: mx.array, chosen: mx.array) -> mx.array:
+    """Return [B, L, k, d], the chosen [B, L, k] of the rows [B, n, d]."""
+    batch, total, _ = rows.shape
+    return rows.flatten(0, 1)[chosen + mx.arange(batch)[:, None, None] * total]
+
+
 @dataclass(frozen=True)
 class Entries:
     """The compressed entries [B, n, d] of a layer.
@@ -604,9 +606,9 @@ class Attention(nn.Module):
 
     def _attend(self, q: mx.array, rows: mx.array, entries: Entries | None, call: Call) -> mx.array:
         """Return [B, H, L, d] of the queries over the window's rows [B, past + L, d] and the entries."""
-        parts = []
-        for start in range(0, call.span.length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, call.span.length)
+        parts, step = [], max(QUERY_BLOCK // q.shape[0], 1)
+        for start in range(0, call.span.length, step):
+            stop = min(start + step, call.span.length)
             low = max(call.past + start - self.window + 1, 0)
             block, near = q[:, :, start:stop], rows[:, low : call.past + stop]
             count = 0 if entries is None else max(call.span.visible(self.ratio, stop - 1))
@@ -618,7 +620,7 @@ class Attention(nn.Module):
             else:
                 masks = call.sparse_masks(self.ratio, start, stop, low)
                 chosen = entries.choose(start, stop, count, masks and masks[1])
-                parts.append(self._sparse(block, near, entries.rows[:, :count], chosen, masks))
+                parts.append(self._sparse(block, near, entries.rows, count, chosen, masks))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def _sparse(
@@ -626,19 +628,20 @@ class Attention(nn.Module):
         q: mx.array,
         near: mx.array,
         far: mx.array,
+        count: int,
         chosen: mx.array,
         masks: tuple[mx.array, mx.array] | None,
     ) -> mx.array:
         """Return the attention of a block of queries over the window's rows and each one's chosen entries."""
         batch, length, taken = chosen.shape
         if masks is None:
-            far = mx.take_along_axis(far, chosen.swapaxes(1, 2), axis=1)
-            return self._dot(q, mx.concatenate([near, far], axis=1), None)
+            keys = mx.concatenate([near, picked(far, chosen)[:, 0]], axis=1)
+            return self._dot(q, keys, None)
         window, valid = mx.broadcast_to(masks[0], (batch, length, near.shape[1])), chosen < masks[1]
-        if length > 1 and far.shape[1] <= DENSE_FACTOR * taken:
-            seen = mx.zeros((batch, length, far.shape[1]), mx.bool_)
+        if length > 1 and count <= DENSE_FACTOR * taken:
+            seen = mx.zeros((batch, length, count), mx.bool_)
             seen = mx.put_along_axis(seen, chosen, valid, axis=-1)
-            keys = mx.concatenate([near, far], axis=1)
+            keys = mx.concatenate([near, far[:, :count]], axis=1)
             return self._dot(q, keys, mx.concatenate([window, seen], axis=-1)[:, None])
         # Each query has keys of its own: it becomes a row of the batch. In a block, query j sees the
         # window's rows from `near.shape[1] - length + j` backwards.
@@ -646,8 +649,7 @@ class Attention(nn.Module):
         last = np.arange(near.shape[1] - length, near.shape[1])[:, None]
         index = mx.array(np.maximum(last - size + 1, 0) + np.arange(size))
         window = mx.take_along_axis(window, mx.broadcast_to(index, (batch, length, size)), axis=-1)
-        own = mx.take_along_axis(far, chosen.reshape(batch, -1, 1), axis=1)
-        keys = mx.concatenate([near[:, index], mx.unflatten(own, 1, (length, taken))], axis=2)
+        keys = mx.concatenate([near[:, index], picked(far, chosen)], axis=2)
         out = self._dot(
             q.swapaxes(1, 2).flatten(0, 1)[:, :, None],
             keys.flatten(0, 1),
