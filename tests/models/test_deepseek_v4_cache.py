@@ -235,3 +235,27 @@ def test_caches_are_not_joined_within_a_padded_prompt() -> None:
     cache.prepare(lengths=[3], right_padding=[1])
     with pytest.raises(ValueError, match="between prompts"):
         cache.extend(other)
+
+
+@pytest.mark.parametrize("counts", [(0, 5), (1, 40), (40, 1), (17, 40)])
+def test_a_padded_prompt_behind_requests_of_different_lengths(model: Model, counts: tuple[int, int]) -> None:
+    # The first has as many entries as there is room for: padding must not look for more.
+    known, length = [tokens(383, seed=1), tokens(4, seed=2)], max(counts)
+    caches = []
+    for ids in known:
+        caches.append(model.make_cache())
+        model(mx.array([ids]), cache=caches[-1])
+    merged: list[Any] = [a.merge([a, b]) for a, b in zip(*caches, strict=True)]
+    new = [tokens(count, seed=3 + row) for row, count in enumerate(counts)]
+    for layer in merged:
+        layer.prepare(lengths=list(counts), right_padding=[length - count for count in counts])
+    padded = mx.array([[*ids, *[0] * (length - len(ids))] for ids in new])
+    parts = [model(padded[:, i : i + 25], cache=merged) for i in range(0, length, 25)]
+    for layer in merged:
+        layer.finalize()
+    logits = np.concatenate([np.array(part) for part in parts], axis=1)
+    last = np.array(model(mx.array([[7], [8]]), cache=merged))
+    for row, extra in enumerate((7, 8)):
+        truth = reference("plain").logits([*known[row], *new[row], extra])[len(known[row]) :]
+        found = np.concatenate([logits[row, : counts[row]], last[row]])
+        assert relative(found, truth) < 1e-5

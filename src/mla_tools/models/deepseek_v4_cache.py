@@ -57,8 +57,9 @@ class Span:
         return max(end // ratio - first for end, first in zip(self.ends, self.first(ratio), strict=True))
 
     def visible(self, ratio: int, query: int) -> list[int]:
-        """Return for each row the entries that the token `query` of the call sees."""
-        return [(offset + query + 1) // ratio for offset in self.offsets]
+        """Return for each row the entries that the token `query` of the call sees; padding sees no more."""
+        seen = zip(self.offsets, self.ends, strict=True)
+        return [min(offset + query + 1, end) // ratio for offset, end in seen]
 
 
 def runs(x: mx.array, starts: Sequence[int], length: int) -> mx.array:
