@@ -1,4 +1,4 @@
-"""A conversion that several processes share: the same bytes, and a dead rank leaves what can be gone on with."""
+"""A conversion that several processes share: the same bytes, and a rank that dies can be made good."""
 
 from __future__ import annotations
 
