@@ -73,9 +73,7 @@ def _measure(route: str, layers: int, rounds: int, work: Path) -> None:
             if tool == "mla-sanitize":
                 written = sum(path.stat().st_size for path in out.iterdir())
                 copying = min(copying, _copying(source, out, work))
-    print(
-        f"\n{route}: {nbytes / 1e9:.2f} GB to {written / 1e9:.2f} GB; reading and copying takes {copying:.1f} s"
-    )
+    print(f"\n{route}: {nbytes / 1e9:.2f} GB to {written / 1e9:.2f} GB; reading and copying: {copying:.1f} s")
     base = best.get("mlx_lm.convert")
     for tool, (seconds, peak) in best.items():
         ratio = f"{seconds / copying:.2f} x copying"

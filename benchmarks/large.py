@@ -11,15 +11,12 @@ import time
 from collections.abc import Mapping
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from mla_tools.architectures import table_of
-from mla_tools.codecs.codec import part_name
-from mla_tools.files.safetensors import Writer, layout
-from mla_tools.sample import FORMATS, format_of, write_tokenizer
-from mla_tools.spec import DType, Spec
+    from mla_tools.spec import Spec
 
 # The widths of GLM-4.7-Flash, with a smaller vocabulary: 1.0 GB of bf16 a layer.
 CONFIG = {
@@ -68,7 +65,8 @@ NARROW = {
 def build(*args: Any, **kwargs: Any) -> None:
     """Write a checkpoint, see `write`, in a process of its own.
 
-    On Linux the peak memory of a command counts that of the process that started it, so this stays small.
+    On Linux the peak memory of a command counts that of the process that started it, so this one imports
+    nothing that is large.
     """
     child = get_context("spawn").Process(target=write, args=args, kwargs=kwargs)
     child.start()
@@ -91,6 +89,12 @@ def write(
     sparse: bool = False,
 ) -> None:
     """Write a checkpoint in a format, in so many files or one for each layer; `sparse`: of holes alone."""
+    from mla_tools.architectures import table_of
+    from mla_tools.codecs.codec import part_name
+    from mla_tools.files.safetensors import Writer, layout
+    from mla_tools.sample import FORMATS, format_of, write_tokenizer
+    from mla_tools.spec import Spec
+
     config: dict[str, Any] = {**CONFIG, "num_hidden_layers": layers, **(changes or {})}
     family, table = table_of(config)
     stored: dict[str, tuple[Spec, tuple[int, ...]]] = {}
@@ -131,6 +135,8 @@ def write(
 
 def _noise() -> np.ndarray[Any, np.dtype[np.uint16]]:
     """Return bf16 numbers of the size of weights. Every tensor is a piece of it: random enough, and quick."""
+    import numpy as np
+
     rng = np.random.default_rng(0)
     values = (rng.standard_normal(1 << 24).astype(np.float32) * 0.02).view(np.uint32) >> 16
     return values.astype(np.uint16)
@@ -139,6 +145,10 @@ def _noise() -> np.ndarray[Any, np.dtype[np.uint16]]:
 def _bytes(
     name: str, spec: Spec, shape: tuple[int, ...], pool: np.ndarray[Any, np.dtype[np.uint16]]
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    import numpy as np
+
+    from mla_tools.spec import DType
+
     if name.endswith("_shape"):
         return np.array(shape, spec.dtype.numpy).view(np.uint8)
     if spec.dtype is DType.F32:
