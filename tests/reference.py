@@ -59,6 +59,7 @@ __all__ = [
     "model_type",
     "reference_truth",
     "relative_error",
+    "second_scales_on_a_cpu",
     "truth",
 ]
 
@@ -1039,12 +1040,19 @@ def mlx_logits(
     tokens = mx.array([TOKENS])
     calls = [(0, PREFILL), *((i, i + 1) for i in range(PREFILL, PREFILL + DECODE))]
     outputs = []
-    with mock.patch.object(mx, "gather_qmm", functools.partial(_gather_qmm, mx.gather_qmm)):
+    with second_scales_on_a_cpu():
         for start, stop in calls:
             logits = model(tokens[:, start:stop], cache=cache)[0].astype(mx.float32)
             mx.eval(logits)
             outputs.append(np.array(logits))
     return _frozen(outputs[0], np.concatenate(outputs[1:]))
+
+
+def second_scales_on_a_cpu() -> Any:
+    """A context in which MLX multiplies with the global scale of experts on a CPU too."""
+    import mlx.core as mx
+
+    return mock.patch.object(mx, "gather_qmm", functools.partial(_gather_qmm, mx.gather_qmm))
 
 
 def _gather_qmm(kernel: Any, x: Any, w: Any, scales: Any, *rest: Any, **how: Any) -> Any:

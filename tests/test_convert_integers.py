@@ -168,6 +168,35 @@ def test_dequantized_output_is_the_decoded_source_rounded_once(family: str, fmt:
 
 
 @each_family
+@each_format
+def test_some_layers_packed_and_others_not(family: str, fmt: str, tmp_path: Path) -> None:
+    weights = load(source(family, fmt))
+    floats = {f"model.layers.{layer}." for layer in (1, 2)}
+    mixed: Weights = {}
+    for name, array in weights.items():
+        stem, _, leaf = name.rpartition(".")
+        packed = {"weight_packed", "qweight"} & {n.removeprefix(f"{stem}.") for n in weights if stem in n}
+        if not packed or not name.startswith(tuple(floats)):
+            mixed[name] = array
+        elif leaf in packed:
+            mixed[f"{stem}.weight"] = mx.array(decoded(weights, stem, leaf, fmt))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), mixed)
+    (tmp_path / "config.json").write_bytes((source(family, fmt) / "config.json").read_bytes())
+    plan = convert(tmp_path, tmp_path / "out", "--dtype", "float32")
+    load_model(tmp_path / "out", strict=True)
+    made, kinds = load(tmp_path / "out"), set()
+    for name, wanted in truth(family, fmt).items():
+        if made[name].dtype != mx.uint32:
+            assert same(made[name].astype(mx.float32), wanted), name
+        elif not name.endswith("embed_q.weight"):
+            assert not name.startswith(tuple(floats))
+            assert same(dequantized(plan, made, name), wanted), name
+        if name.endswith("unembed_out.weight"):
+            kinds.add(made[name].dtype)
+    assert kinds == ({mx.uint32, mx.float32} if family == "deepseek_v3" else {mx.uint32})
+
+
+@each_family
 @pytest.mark.parametrize("fmt", ["ct-int4", "ct-int8", "gptq"])
 def test_the_rows_of_v_keep_the_bits_of_the_source(family: str, fmt: str) -> None:
     plan, weights = converted(family, fmt, "default")

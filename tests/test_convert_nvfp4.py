@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -244,6 +245,21 @@ def drop_second(folder: Path, name: str) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for raw in data:
             raw.tofile(file)
+
+
+def test_an_index_without_the_scales_loses_nothing(sample: Sample, tmp_path: Path) -> None:
+    """ModelOpt's own script leaves the scales out of weight_map."""
+    shutil.copytree(sample("deepseek_v3", "modelopt-nvfp4"), tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "whole")
+    path = tmp_path / "source" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    scales = ("weight_scale", "weight_scale_2", "input_scale")
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if not k.endswith(scales)}
+    path.write_text(json.dumps(index))
+    plan = convert(tmp_path / "source", tmp_path / "out")
+    assert any("holds tensors that the index does not name, taken" in note for note in plan.notes)
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_an_expert_without_a_second_scale_gets_one_that_changes_nothing(tmp_path: Path) -> None:

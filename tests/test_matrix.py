@@ -1,7 +1,8 @@
 """Every family in every format: converted, run by mlx-lm, and compared with transformers.
 
 The cells come from the two registries: the families of tests/reference.py, which transformers has a model
-for, and the formats that a sample can be written in. A new one joins by itself. Truth is transformers in
+for, with two of them beside an image encoder, and the formats that a sample can be written in. A new one
+joins by itself. Truth is transformers in
 float32 on the decoded weights; that each codec decodes to the right numbers is shown in tests/codecs,
 against implementations of others.
 
@@ -34,17 +35,25 @@ from mla_tools.sample import write_checkpoint
 from mla_tools.spec import DType
 
 TOLERANCE = 1e-5
-CELLS = [(family, fmt) for family in FAMILIES for fmt in FORMATS]
+# The families whose language model is one of the others, under a name of its own and beside images.
+WRAPPED = {"kimi_k25": "kimi_k2", "kimi_vl": "deepseek_v3"}
+COLUMNS = [*FAMILIES, *WRAPPED]
+CELLS = [(family, fmt) for family in COLUMNS for fmt in FORMATS]
 
 
 def dense(family: str) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Return the config and the float32 tensors of the reference checkpoint of a family."""
     # mlx-lm's deepseek_v3 drops no other MTP layer than number 61, which would decide the whole column.
-    folder = checkpoint(family, "f32", mtp=family != "deepseek_v3")
+    inner = WRAPPED.get(family, family)
+    folder = checkpoint(inner, "f32", mtp=inner != "deepseek_v3")
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         tensors |= {name: array.astype(mx.float32) for name, array in mx.load(str(file)).items()}
-    return json.loads((folder / "config.json").read_text()), tensors
+    config = json.loads((folder / "config.json").read_text())
+    if family not in WRAPPED:
+        return config, tensors
+    wrapped = {"model_type": family, "torch_dtype": config.pop("torch_dtype"), "text_config": config}
+    return wrapped, {f"language_model.{name}": array for name, array in tensors.items()}
 
 
 @cache
@@ -75,7 +84,11 @@ def cell(family: str, fmt: str) -> tuple[Path, dict[str, torch.Tensor]]:
 def truth_of(family: str, fmt: str, cast: str | None = None) -> Logits:
     """Return the logits of the decoded weights, of the weights rounded to `cast` if it is given."""
     folder, decoded = cell(family, fmt)
-    return hub_logits(decoded, json.loads((folder / "config.json").read_text()), cast)
+    config = json.loads((folder / "config.json").read_text())
+    if family in WRAPPED:
+        config = config["text_config"]
+        decoded = {name.removeprefix("language_model."): value for name, value in decoded.items()}
+    return hub_logits(decoded, config, cast)
 
 
 def error(folder: Path, truth: Logits) -> float:
@@ -126,7 +139,7 @@ def table() -> str:
         "`mx.dequantize` decodes each expert and `mx.gather_mm` multiplies. Made by",
         "`python tests/test_matrix.py --write`.",
     ]
-    for family in FAMILIES:
+    for family in COLUMNS:
         lines += ["", f"## {family}", "", "| format | mla-tools | mlx-lm alone |", "|---|---|---|"]
         for fmt in FORMATS:
             lines.append(f"| {fmt} | {ours(family, fmt)} | {theirs(family, fmt)} |")

@@ -251,6 +251,7 @@ def test_a_family_is_known_by_its_model_type(family: str) -> None:
         ("Glm4MoeLiteForCausalLM", "glm4_moe_lite"),
         ("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
         ("KimiLinearForCausalLM", "kimi_linear"),
+        ("KimiVLForConditionalGeneration", "kimi_vl"),
         ("LongcatFlashForCausalLM", "longcat_flash"),
         ("LongcatFlashNgramForCausalLM", "longcat_flash_ngram"),
     ],
@@ -279,3 +280,33 @@ def test_other_configs_are_refused_with_what_is_known(config: dict[str, Any]) ->
         assert "mistral3 with a text_config of model_type mistral4" in str(caught.value)
     else:
         assert all(family in str(caught.value) for family in MODEL_TYPES)
+
+
+@pytest.mark.parametrize("given", [["BailingMoeV2_5ForCausalLM"], "BailingMoeV2_5ForCausalLM", {"a": 1}])
+def test_ling_2_5_is_refused_by_its_architecture(given: object) -> None:
+    config = {**MODEL_TYPES["bailing_hybrid"].sample, "architectures": given}
+    with pytest.raises(CheckpointError, match="architecture BailingMoeV3ForCausalLM") as caught:
+        table_of(config)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"architectures": None}, {"architectures": []}, {"architectures": "BailingMoeV3ForCausalLM"}],
+)
+def test_the_config_of_ling_3_names_the_architecture_that_mlx_lm_goes_by(given: dict[str, Any]) -> None:
+    sample = MODEL_TYPES["bailing_hybrid"].sample
+    config = {key: value for key, value in sample.items() if key != "architectures"} | given
+    family, _ = table_of(config)
+    assert family.rewritten(config)["architectures"] == ["BailingMoeV3ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("alias", "family"),
+    [("joyai_llm_flash", "deepseek_v3"), ("deepseek_v41_text", "deepseek_v41"), ("youtu", "youtu_llm")],
+)
+def test_a_second_name_is_written_as_the_one_of_mlx_lms_class(alias: str, family: str) -> None:
+    config = {**MODEL_TYPES[family].sample, "model_type": alias}
+    found, _ = table_of(config)
+    assert found is MODEL_TYPES[family]
+    assert found.rewritten(config)["model_type"] == family

@@ -40,9 +40,16 @@ def shard(folder: Path, file: str, *names: str) -> None:
     (folder / file).write_bytes(sound({name: ("BF16", [2, 4]) for name in names}))
 
 
-def index(folder: Path, places: object, file: str = "model.safetensors.index.json") -> None:
-    """Write an index; its total_size is wrong, as it is in real checkpoints."""
-    (folder / file).write_text(json.dumps({"metadata": {"total_size": 7}, "weight_map": places}))
+def index(
+    folder: Path,
+    places: object,
+    file: str = "model.safetensors.index.json",
+    *,
+    total_size: object = None,
+) -> None:
+    """Write an index."""
+    content = {"metadata": {"total_size": total_size}, "weight_map": places}
+    (folder / file).write_text(json.dumps(content))
 
 
 def folder_with_config(folder: Path, config: str = '{"model_type": "deepseek_v3"}') -> Path:

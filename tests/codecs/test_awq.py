@@ -22,6 +22,13 @@ Parts = dict[str, NDArray[Any]]
 
 # rows (out), width (in), group
 CASES = [(8, 64, 64), (24, 128, 32), (40, 128, 128), (16, 512, 256), (8, 48, 16), (16, 96, 96)]
+# Any other, in whole words of eight rows.
+ANY_CASE = st.builds(
+    lambda words, half, count: (8 * words, 2 * half * count, 2 * half),
+    st.integers(1, 5),
+    st.integers(1, 80),
+    st.integers(1, 4),
+)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 
 
@@ -70,7 +77,7 @@ def test_decode_is_code_less_zero_times_scale(case: tuple[int, int, int]) -> Non
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(CASES), st.data())
+@given(st.sampled_from(CASES) | ANY_CASE, st.data())
 def test_any_rows_are_those_of_the_whole(case: tuple[int, int, int], data: st.DataObject) -> None:
     rows, width, group = case
     start = data.draw(st.integers(0, rows - 1))

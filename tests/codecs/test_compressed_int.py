@@ -36,6 +36,14 @@ CASES = [
     (8, 7, 48, 16),
     (8, 6, 22, 22),
 ]
+# Any other: groups of any even size, the last word of a row full or not.
+ANY_CASE = st.builds(
+    lambda bits, rows, half, count: (bits, rows, 2 * half * count, 2 * half),
+    st.sampled_from([4, 8]),
+    st.integers(1, 19),
+    st.integers(1, 80),
+    st.integers(1, 4),
+)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 each_kind = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 _FLOAT = {DType.BF16: mx.bfloat16, DType.F16: mx.float16, DType.F32: mx.float32}
@@ -100,7 +108,7 @@ def test_decode_is_code_less_zero_times_scale(case: tuple[int, int, int, int], s
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.sampled_from(CASES), st.booleans(), st.data())
+@given(st.sampled_from(CASES) | ANY_CASE, st.booleans(), st.data())
 def test_any_rows_are_those_of_the_whole(
     case: tuple[int, int, int, int], symmetric: bool, data: st.DataObject
 ) -> None:

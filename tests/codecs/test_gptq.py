@@ -30,6 +30,19 @@ CASES = [
     (8, 12, 128, 64),
     (8, 4, 96, 96),
 ]
+# Any other, in whole words of eight codes of 4 bits or four of 8, on both axes.
+ANY_CASE = st.builds(
+    lambda bits, rows, words, count: (
+        bits,
+        32 // bits * rows,
+        32 // bits * words * count,
+        32 // bits * words,
+    ),
+    st.sampled_from([4, 8]),
+    st.integers(1, 5),
+    st.integers(1, 24),
+    st.integers(1, 4),
+)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 
 # sym, what was subtracted from the zero points
@@ -92,7 +105,7 @@ def test_decode_is_code_less_zero_times_scale(case: tuple[int, ...], kind: tuple
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.sampled_from(CASES), st.sampled_from(KINDS), st.booleans(), st.data())
+@given(st.sampled_from(CASES) | ANY_CASE, st.sampled_from(KINDS), st.booleans(), st.data())
 def test_any_rows_are_those_of_the_whole(
     case: tuple[int, ...], kind: tuple[bool, int], g_idx: bool, data: st.DataObject
 ) -> None:

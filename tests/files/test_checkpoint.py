@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from attacks.hostile import folder_with_config, index, shard
 
 from mla_tools.files.checkpoint import Shard, open_checkpoint
 from mla_tools.files.place import Folder, LocalFile
+from mla_tools.sample import write_sample
 from mla_tools.spec import DType, Spec
 
 ONE, TWO, THREE = (f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
@@ -287,3 +289,49 @@ def test_sections_on_the_old_quantization_are_not_copied(folder: Path) -> None:
     assert (
         "hf_quant_config.json describes the quantization that the checkpoint came with" in checkpoint.notes[0]
     )
+
+
+# --- total_size --------------------------------------------------------------------------------------
+
+# The folder holds 48 elements in 96 bytes.
+SIZES = [
+    pytest.param(48, " is 48, the number of elements; the tensors are 96 bytes", id="elements"),
+    pytest.param(7, " is 7; the tensors are 96 bytes", id="neither"),
+    pytest.param(-(10**30), " is absurd; the tensors are 96 bytes", id="absurd"),
+    *(pytest.param(size, "", id=repr(size)) for size in (96, None, "48", 48.0, True, [48])),
+]
+
+
+@pytest.mark.parametrize(("size", "note"), SIZES)
+def test_a_total_size_that_is_not_bytes_is_a_note(folder: Path, size: object, note: str) -> None:
+    places = {name: stored.file.name for name, stored in open_checkpoint(folder).tensors.items()}
+    index(folder, places, total_size=size)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.problems == ()
+    wanted = f"total_size in model.safetensors.index.json{note}, which counts"
+    assert checkpoint.notes == ((wanted,) if note else ())
+
+
+def test_two_bytes_for_each_element_is_said_where_the_elements_are_wider(tmp_path: Path) -> None:
+    write_sample("deepseek_v3", tmp_path / "model", "f32")
+    specs = [stored.spec for stored in open_checkpoint(tmp_path / "model").tensors.values()]
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    places = json.loads(path.read_text())["weight_map"]
+    index(tmp_path / "model", places, total_size=2 * sum(spec.size for spec in specs))
+    (note,) = open_checkpoint(tmp_path / "model").notes
+    assert "two bytes for each element" in note
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x", {"total_size": None}])
+def test_metadata_of_any_kind_is_no_error(folder: Path, metadata: object) -> None:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.notes, checkpoint.problems) == ((), ())
+
+
+def test_a_total_size_is_not_told_of_a_folder_that_is_not_whole(folder: Path) -> None:
+    places = {name: stored.file.name for name, stored in open_checkpoint(folder).tensors.items()}
+    index(folder, places, total_size=48)
+    (folder / TWO).unlink()
+    assert open_checkpoint(folder).notes == ()

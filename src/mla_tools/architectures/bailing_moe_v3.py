@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.errors import Problem
 from mla_tools.ops import SwapLastAxes
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY"]
+
+# mlx-lm finds its class bailing_moe_v3 by the model_type and this together.
+ARCHITECTURE = "BailingMoeV3ForCausalLM"
 
 _ATTENTION = "model.layers.{l}.attention"
 
@@ -43,6 +47,7 @@ def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
 
 
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    _check_architecture(g)
     layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
     group, count = g.dim("layer_group_size"), g.count("num_experts")
     # The last layer of each group is MLA, and so are layers after the last whole group.
@@ -80,14 +85,34 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     return rules, drops
 
 
+def _check_architecture(g: Geometry) -> None:
+    """Refuse the other model that has this model_type: Ling 2.5, with lightning attention."""
+    given = g.config.get("architectures")
+    names = [given] if isinstance(given, str) else given
+    if names and not (isinstance(names, list) and ARCHITECTURE in names):
+        g.problems.append(
+            Problem(
+                "config.json",
+                "this architecture is not known",
+                f"model_type bailing_hybrid with the architecture {ARCHITECTURE}",
+                f"architectures {given!r}"[:120],
+                "Ling 2.5 and Ring 2.5 have the same model_type and other modules.",
+            )
+        )
+
+
+def _rewrite(config: blocks.Config) -> blocks.Config:
+    # Without the architecture mlx-lm takes the class of Ling 2.5.
+    return {**blocks.flat_rope(config), "architectures": [ARCHITECTURE]}
+
+
 FAMILY = blocks.Family(
-    # mlx-lm finds its class bailing_moe_v3 by this and the architecture together.
     "bailing_hybrid",
     "bailing_hybrid",
     build,
     {
         "model_type": "bailing_hybrid",
-        "architectures": ["BailingMoeV3ForCausalLM"],
+        "architectures": [ARCHITECTURE],
         **{
             key: deepseek_v3.SAMPLE[key]
             for key in (
@@ -131,6 +156,7 @@ FAMILY = blocks.Family(
     },
     # mlx-lm's class takes 256 where the key is absent; such checkpoints have a q_proj.
     defaults={"q_lora_rank": None},
-    architectures=("BailingMoeV3ForCausalLM",),
+    architectures=(ARCHITECTURE,),
+    rewrite=_rewrite,
     float32=("expert_bias", "A_log", "dt_bias"),
 )

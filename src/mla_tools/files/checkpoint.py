@@ -63,6 +63,15 @@ class Shard:
     tag: str
 
 
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An index as it stands there: tensor name -> file name, and the whole number that it gives as size."""
+
+    name: str
+    places: dict[str, str]
+    total_size: int | None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder or a repository of weights, without any of their data.
@@ -100,7 +109,8 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
         config = _read_json(place, names, CONFIG, _MAX_CONFIG, problems)
     except CheckpointError as error:
         fatal += error.problems
-    places = _read_index(place, names, problems)
+    index = _read_index(place, names, problems)
+    places = index.places if index else None
     if not weights:
         fatal.append(_no_weights(place, names, places))
     chosen = [] if places is not None else _without_index(weights, notes)
@@ -123,6 +133,8 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
         headers = _read_headers(place, present, placed, problems, lost)
         tensors = _gather(headers, places, problems)
         _compare(headers, tensors, places, placed, problems, notes, lost)
+        if index and not problems:
+            notes += _size_note(index, [stored.spec for stored in tensors.values()])
     return Checkpoint(
         place=place,
         config=config,
@@ -158,8 +170,8 @@ def _read_json(
     return value
 
 
-def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> dict[str, str] | None:
-    """Return the index as tensor name -> file name as it stands there, None without a usable one."""
+def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> Index | None:
+    """Return the index, None without a usable one."""
     found = [name for name in names if name.endswith(f"{SUFFIX}.index.json")]
     if not found:
         return None
@@ -171,10 +183,11 @@ def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> 
         return None
     (index,) = found
     try:
-        weight_map = _read_json(place, names, index, _MAX_INDEX, problems).get("weight_map")
+        content = _read_json(place, names, index, _MAX_INDEX, problems)
     except CheckpointError as error:
         problems += error.problems
         return None
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(weight_map, dict):
         problems.append(
             Problem(index, "has no object weight_map", "tensor names with their files", cause=AGAIN)
@@ -184,7 +197,26 @@ def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> 
     if strange:
         what = f"weight_map gives no file name for {_some(strange)}"
         problems.append(Problem(index, what, "the name of a file in the folder", cause=AGAIN))
-    return {name: file for name, file in weight_map.items() if isinstance(file, str)}
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Index(
+        index,
+        {name: file for name, file in weight_map.items() if isinstance(file, str)},
+        size if type(size) is int else None,
+    )
+
+
+def _size_note(index: Index, specs: Sequence[Spec]) -> list[str]:
+    """Return a note on a total_size that is not the bytes of the tensors; some index files count elements."""
+    size, nbytes = index.total_size, sum(spec.nbytes for spec in specs)
+    if size is None or size == nbytes:
+        return []
+    elements = sum(spec.size for spec in specs)
+    counts = {elements: ", the number of elements", 2 * elements: ", two bytes for each element"}
+    given = f"{size:,}" if abs(size) < 10**18 else "absurd"
+    return [
+        f"total_size in {shown(index.name)} is {given}{counts.get(size, '')};"
+        f" the tensors are {nbytes:,} bytes, which counts"
+    ]
 
 
 def _placed(
