@@ -30,6 +30,7 @@ SUFFIX = ".safetensors"
 
 _MAX_CONFIG = 16 << 20
 _MAX_INDEX = 64 << 20
+_MAX_DEPTH = 64  # a config is copied and compared by recursion
 _COMPANIONS = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 
 # Sections on quantization beside config.json: mlx-lm reads the first for the output's own.
@@ -149,10 +150,21 @@ def _read_json(
         value, twice = parse_object(data)
     except ValueError as error:
         raise CheckpointError([Problem(name, str(error), cause=AGAIN)]) from error
+    if _depth(value) > _MAX_DEPTH:
+        raise CheckpointError([Problem(name, "is nested too deeply", f"at most {_MAX_DEPTH} levels")])
     for key in dict.fromkeys(twice):
         cause = "Readers disagree on which of the two counts: remove one."
         problems.append(Problem(name, f"has the key {shown(key)} twice", cause=cause))
     return value
+
+
+def _depth(value: object) -> int:
+    """Return how many objects and lists lie in one another; a plain value has 0."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> dict[str, str] | None:
