@@ -16,7 +16,7 @@ from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import THREADS, check_output, execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
-from mla_tools.plan import EmbedQ, Options, Plan, make_plan, make_steps
+from mla_tools.plan import EmbedQ, Options, Plan, make_plan, steps_of
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.sample import FORMATS, write_sample
 from mla_tools.spec import DType
@@ -127,8 +127,7 @@ def _plan_of(args: argparse.Namespace, options: Options) -> Plan:
 
 def _inspect(args: argparse.Namespace) -> int:
     checkpoint = _checkpoint(args)
-    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
-    made = make_steps(stored, checkpoint.config, Options(), lost=checkpoint.lost, blind=checkpoint.blind)
+    made = steps_of(checkpoint, Options())
     problems = [*checkpoint.problems, *made.problems]
     error = CheckpointError(problems) if problems else None
     survey = report.survey_json(checkpoint, made)

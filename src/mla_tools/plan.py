@@ -54,6 +54,7 @@ __all__ = [
     "Target",
     "make_plan",
     "make_steps",
+    "steps_of",
 ]
 
 # How many elements are worked on at a time: 16 MB of bf16.
@@ -266,10 +267,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     Raises CheckpointError that lists everything that is wrong with it.
     """
     config = checkpoint.config
-    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
-    made = make_steps(
-        stored, config, _with_config_dtype(options, config), lost=checkpoint.lost, blind=checkpoint.blind
-    )
+    made = steps_of(checkpoint, _with_config_dtype(options, config))
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
@@ -296,6 +294,18 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         sum(target.spec.size for step in made.steps for target in step.targets),
         frozenset(made.images),
     )
+
+
+def steps_of(checkpoint: Checkpoint, options: Options) -> Steps:
+    """Return what becomes of each stored tensor of a checkpoint, whose own problems are not among those.
+
+    Raises CheckpointError, with those, where `make_steps` does.
+    """
+    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
+    try:
+        return make_steps(stored, checkpoint.config, options, lost=checkpoint.lost, blind=checkpoint.blind)
+    except CheckpointError as error:
+        raise CheckpointError([*checkpoint.problems, *error.problems]) from error
 
 
 def make_steps(

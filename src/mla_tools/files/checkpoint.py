@@ -384,8 +384,10 @@ def _companions(place: Place, names: Iterable[str], notes: list[str]) -> tuple[F
             )
             continue
         kind = place.kind(name)
-        if kind == "file":
+        if kind in ("file", "link"):
             found.append(place.file(name))
+        if kind == "link":
+            notes.append(f"{shown(name)} is a link out of the folder, and what it leads to is copied")
         elif kind == "gone":
             notes.append(f"{shown(name)} is a link to a file that is gone, not copied")
     return tuple(found)
