@@ -20,7 +20,7 @@ from mla_tools.execute import execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
 from mla_tools.output import check_output
-from mla_tools.plan import MAX_MEMORY, THREADS, EmbedQ, Options, Plan, Workload, make_plan, make_steps
+from mla_tools.plan import MAX_MEMORY, THREADS, EmbedQ, Options, Plan, Workload, make_plan, steps_of
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.sample import FORMATS, write_sample
 from mla_tools.spec import DType
@@ -180,8 +180,7 @@ def _plan_of(args: argparse.Namespace, options: Options) -> Plan:
 
 def _inspect(args: argparse.Namespace) -> int:
     checkpoint = _checkpoint(args)
-    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
-    made = make_steps(stored, checkpoint.config, Options(), lost=checkpoint.lost, blind=checkpoint.blind)
+    made = steps_of(checkpoint, Options())
     problems = [*checkpoint.problems, *made.problems]
     error = CheckpointError(problems) if problems else None
     survey = report.survey_json(checkpoint, made)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["CheckpointError", "MlaToolsError", "Problem", "UsageError", "fold_indices", "fold_names"]
+__all__ = [
+    "CheckpointError",
+    "MlaToolsError",
+    "Problem",
+    "UsageError",
+    "clipped",
+    "fold_indices",
+    "fold_names",
+]
 
 # Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
 # Only whole dotted components count, so "q_conv1d" stays a word, and only numbers as they are written
@@ -15,6 +24,20 @@ __all__ = ["CheckpointError", "MlaToolsError", "Problem", "UsageError", "fold_in
 INDEX = re.compile(r"\.(0|[1-9][0-9]{0,17})(?=\.|\Z)")
 
 _MAX_GROUPS = 40
+
+# Names with more indices than this are not folded: no model has them, and each costs a level of recursion.
+_MAX_INDICES = 16
+
+
+_clip = reprlib.Repr()
+_clip.maxstring = _clip.maxother = _clip.maxlong = 80
+_clip.maxlist = _clip.maxdict = 8
+_clip.maxlevel = 3
+
+
+def clipped(value: object) -> str:
+    """Return the repr of a JSON value, short and printable however deep, long or strange it is."""
+    return _clip.repr(value)
 
 
 class MlaToolsError(Exception):
@@ -89,6 +112,8 @@ class CheckpointError(MlaToolsError):
 
 def fold_indices(values: Iterable[int]) -> str:
     """Return a set of indices as ranges, "{0..2,4,6..8}"; a single index stands without braces."""
+    if isinstance(values, range) and values.step == 1 and len(values) > 2:
+        return f"{{{values[0]}..{values[-1]}}}"
     numbers = sorted(set(values))
     runs: list[list[int]] = []
     for number in numbers:
@@ -115,6 +140,8 @@ def fold_names(names: Iterable[str]) -> list[str]:
     groups: dict[tuple[str, ...], dict[tuple[int, ...], None]] = {}
     for name in names:
         pieces = INDEX.split(name)
+        if len(pieces) > 2 * _MAX_INDICES:
+            pieces = [name]
         groups.setdefault(tuple(pieces[::2]), {})[tuple(map(int, pieces[1::2]))] = None
     lines = []
     for words, tuples in groups.items():

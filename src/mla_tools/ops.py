@@ -121,7 +121,9 @@ class Same:
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
         (spec,) = specs
-        for start, stop in _runs(spec.rows, _rows(spec.width, limit), _ROW_ALIGNMENT):
+        # A tensor can have any number of rows that hold nothing.
+        rows = spec.rows if spec.width else 0
+        for start, stop in _runs(rows, _rows(spec.width, limit), _ROW_ALIGNMENT):
             block = Block(0, start, stop, (stop - start, spec.width))
             yield Slab((block,), (block,))
 

@@ -35,6 +35,7 @@ from mla_tools.errors import (
     MlaToolsError,
     Problem,
     UsageError,
+    clipped,
     fold_indices,
     fold_names,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "Workload",
     "make_plan",
     "make_steps",
+    "steps_of",
 ]
 
 # How many elements are worked on at a time: 16 MB of bf16.
@@ -345,10 +347,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     Raises CheckpointError that lists everything that is wrong with it.
     """
     config = checkpoint.config
-    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
-    made = make_steps(
-        stored, config, _with_config_dtype(options, config), lost=checkpoint.lost, blind=checkpoint.blind
-    )
+    made = steps_of(checkpoint, _with_config_dtype(options, config))
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
@@ -375,6 +374,18 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         sum(target.spec.size for step in made.steps for target in step.targets),
         frozenset(made.images),
     )
+
+
+def steps_of(checkpoint: Checkpoint, options: Options) -> Steps:
+    """Return what becomes of each stored tensor of a checkpoint, whose own problems are not among those.
+
+    Raises CheckpointError, with those, where `make_steps` does.
+    """
+    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
+    try:
+        return make_steps(stored, checkpoint.config, options, lost=checkpoint.lost, blind=checkpoint.blind)
+    except CheckpointError as error:
+        raise CheckpointError([*checkpoint.problems, *error.problems]) from error
 
 
 def make_steps(
@@ -444,6 +455,7 @@ def _make_steps(
     _say_how_many_mtp_layers(table, made, config)
 
     targets = table.targets()
+    causes = _causes(table, lost)
     makers: dict[str, Rule] = {}
     for (claim, key), found in inputs.items():
         rule = table.rules[claim]
@@ -461,7 +473,7 @@ def _make_steps(
         if not rule.alternative and not blind:
             for key in rule.applications():
                 if not all(name in makers for name in rule.targets(key)):
-                    made.problems.append(_missing(rule, key, makers, lost))
+                    made.problems.append(_missing(rule, key, makers, causes))
     made.steps.sort(key=lambda step: _natural(step.targets[0].name))
     if made.steps and all(_is_there(step) for step in made.steps):
         made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
@@ -767,7 +779,7 @@ def _say_how_many_mtp_layers(table: Table, made: Steps, config: Mapping[str, Any
             layers.add(match.values[0])
     if layers and said is not None and said != len(layers):
         made.notes.append(
-            f"{key} is {said!r} in config.json, and the tensors hold {len(layers)}: layers"
+            f"{key} is {clipped(said)} in config.json, and the tensors hold {len(layers)}: layers"
             f" {fold_indices(layers)}, dropped"
         )
 
@@ -843,20 +855,33 @@ def _incomplete(
     )
 
 
+def _causes(table: Table, lost: Mapping[str, str]) -> dict[tuple[str, ...], set[str]]:
+    """Return why tensors are lost, by the names of what they would have become."""
+    causes: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for name, reason in lost.items():
+        match = table.lookup(name)
+        rule = table.rule(match) if match else None
+        if match is not None and rule is not None:
+            causes[tuple(rule.targets(table.slot(match)[0]))].add(reason)
+    return causes
+
+
 def _missing(
-    rule: Rule, key: tuple[int, ...], makers: Mapping[str, Rule], lost: Mapping[str, str]
+    rule: Rule,
+    key: tuple[int, ...],
+    makers: Mapping[str, Rule],
+    causes: Mapping[tuple[str, ...], Collection[str]],
 ) -> Problem:
     absent = [short(name) for name in rule.targets(key) if name not in makers]
     known = dict(zip(rule.shared, key, strict=True))
     name = short(template(rule.source[0]).fold(known, rule.where))
-    causes = sorted({lost[source] for source in rule.sources(key) if source in lost}) if lost else []
     purpose = "" if absent == [name] else f", for {' and '.join(absent)}"
     return Problem(
         name,
         "missing",
         needed=_shape_text(rule.shapes[0]) + purpose,
         found="no such tensor",
-        cause="\n  ".join(causes),
+        cause="\n  ".join(sorted(causes.get(tuple(rule.targets(key)), ()))),
     )
 
 
@@ -1000,13 +1025,15 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
     """Return the config.json that mlx-lm reads the output with, keys sorted as mlx-lm writes them."""
     new = copy.deepcopy(made.family.rewritten(config))
     old = new.pop("quantization", None)
-    for key in ("quantization_config", "_name_or_path"):
+    # With model_file, mlx_lm.load would run that file of the checkpoint: no output of ours asks for it.
+    for key in ("quantization_config", "_name_or_path", "model_file"):
         new.pop(key, None)
     if not options.keep_vision:
         # With this key some readers would look for the modules that are left out.
         new.pop("vision_config", None)
     if place := made.family.place(config):
-        new[place].pop("quantization_config", None)
+        for key in ("quantization_config", "model_file"):
+            new[place].pop(key, None)
     if options.dtype is not None:
         new["torch_dtype"] = next(name for name, dtype in _DTYPE_NAMES.items() if dtype is options.dtype)
     shared = {

@@ -182,7 +182,7 @@ def test_other_modules_are_left_alone(found: Module) -> None:
 
 
 REFUSED = [
-    pytest.param(full(section={"version": "gemv"}), 'AWQ version "gemv" is not supported', id="version"),
+    pytest.param(full(section={"version": "gemv"}), "AWQ version 'gemv' is not supported", id="version"),
     pytest.param(full(g_idx=Spec((7168,), DType.I32)), "g_idx belongs to GPTQ", id="g_idx"),
     pytest.param(full(scales=None), "scales are None; beside qweight they must be", id="no_scales"),
     pytest.param(full(scales=Spec((56, 576), DType.U8)), r"scales are U8 \[56, 576\]", id="bytes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from mla_tools.architectures import (
@@ -24,7 +25,7 @@ from mla_tools.architectures import (
 )
 from mla_tools.architectures.blocks import Family
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.errors import CheckpointError, Problem
+from mla_tools.errors import CheckpointError, Problem, clipped
 from mla_tools.rules import Table
 
 __all__ = ["MODEL_TYPES", "Family", "family_of", "table_of"]
@@ -58,6 +59,10 @@ MODEL_TYPES: dict[str, Family] = {
 }
 
 
+# Names are made one by one; the largest models published have less than a tenth of this many.
+_MOST_TENSORS = 4_000_000
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family of a config, by its model_type or, where it has none, its architectures.
 
@@ -76,13 +81,20 @@ def family_of(config: Mapping[str, Any]) -> Family:
             return family
         needed = f"{model_type} with a {family.section} of model_type {' or '.join(family.inside)}"
         raise CheckpointError(
-            [Problem("config.json", "this architecture is not known", needed, f"model_type {inner!r} there")]
+            [
+                Problem(
+                    "config.json",
+                    "this architecture is not known",
+                    needed,
+                    f"model_type {clipped(inner)} there",
+                )
+            ]
         )
     if model_type is None and isinstance(named, list):
         for family in MODEL_TYPES.values():
             if any(name in family.architectures for name in named):
                 return family
-    found = f"model_type {model_type!r}, architectures {named!r}"
+    found = f"model_type {clipped(model_type)}, architectures {clipped(named)}"
     raise CheckpointError(
         [Problem("config.json", "this architecture is not known", f"one of {', '.join(MODEL_TYPES)}", found)]
     )
@@ -98,4 +110,10 @@ def table_of(config: Mapping[str, Any]) -> tuple[Family, Table]:
     rules, drops = family.build(geometry)
     if geometry.problems:
         raise CheckpointError(list(dict.fromkeys(geometry.problems)))
+    wanted = sum(len(rule.source) * prod(map(len, rule.where.values())) for rule in rules)
+    if wanted > _MOST_TENSORS:
+        needed, found = f"a model of at most {_MOST_TENSORS:,} tensors", f"{wanted:,}"
+        cause = "The numbers of layers and experts multiply to this: are they right?"
+        problem = Problem("config.json", "the model would have too many tensors", needed, found, cause)
+        raise CheckpointError([problem])
     return family, Table(rules, drops)

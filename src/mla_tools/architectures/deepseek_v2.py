@@ -8,7 +8,7 @@ from typing import Any
 
 from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.errors import Problem
+from mla_tools.errors import Problem, clipped
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY"]
@@ -32,7 +32,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     kind = blocks.rope_type(blocks.rope_parameters(config))
     if kind in ("default", "yarn"):
         return []
-    return [blocks.refusal("its rope is yarn or none", found=f"rope_type {kind!r}")]
+    return [blocks.refusal("its rope is yarn or none", found=f"rope_type {clipped(kind)}")]
 
 
 FAMILY = blocks.Family(

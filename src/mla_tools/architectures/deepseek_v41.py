@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import OPEN, Geometry
-from mla_tools.errors import Problem
+from mla_tools.errors import Problem, clipped
 from mla_tools.ops import StackRows
 from mla_tools.rules import Drop, Param, Rule
 
@@ -168,7 +168,11 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         needed = "a model without engram memory"
         g.problems.append(
             Problem(
-                "config.json", "mlx-lm cannot run this model", needed, f"engram_layer_ids {engram}", cause
+                "config.json",
+                "mlx-lm cannot run this model",
+                needed,
+                f"engram_layer_ids {clipped(engram)}",
+                cause,
             )
         )
     rules = [

@@ -21,7 +21,8 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 def build_ngram(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     rules, drops = _decoder(g, "model.ngram_embeddings.word_embeddings")
-    splits = g.count("emb_split_num", 4) * (g.count("emb_neighbor_num", 4, least=2) - 1)
+    # The tables are as many as the product, and of each a rule is made.
+    splits = g.dim("emb_split_num", 4, most=16) * (g.dim("emb_neighbor_num", 4, least=2, most=16) - 1)
     hidden = g.dim("hidden_size")
     words = g.dim("ngram_vocab_size_ratio", 78) * g.dim("vocab_size")
     for i in range(splits):

@@ -11,7 +11,7 @@ from typing import Any
 
 from mla_tools.architectures import blocks, youtu_llm
 from mla_tools.architectures.geometry import Geometry, Num
-from mla_tools.errors import Problem
+from mla_tools.errors import Problem, clipped
 from mla_tools.ops import Copies
 from mla_tools.rules import Drop, Param, Rule
 
@@ -54,7 +54,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     rope = blocks.rope_parameters(config)
     kind = blocks.rope_type(rope)
     if kind not in ("default", "longrope"):
-        problems.append(blocks.refusal("its rope is longrope or none", found=f"rope_type {kind!r}"))
+        problems.append(blocks.refusal("its rope is longrope or none", found=f"rope_type {clipped(kind)}"))
     elif rope.get("short_factor") != rope.get("long_factor"):
         problems.append(
             blocks.refusal(
@@ -68,14 +68,16 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     for key in ("factor", "attention_factor"):
         # Where no text is longer than those of the training, both are 1 in either implementation.
         if rope.get(key) is not None and not (rope[key] == 1 and trained == longest):
-            problems.append(blocks.refusal(f"it ignores {key}", found=f"{key} {rope[key]} in rope_scaling"))
+            problems.append(
+                blocks.refusal(f"it ignores {key}", found=f"{key} {clipped(rope[key])} in rope_scaling")
+            )
     size = _value(Geometry(config))
     if config.get("v_head_dim") not in (None, size):
         problems.append(
             blocks.refusal(
                 "it derives the size of the value heads",
                 needed=f"v_head_dim {size} (hidden_size / num_attention_heads)",
-                found=f"v_head_dim {config['v_head_dim']}",
+                found=f"v_head_dim {clipped(config['v_head_dim'])}",
             )
         )
     return problems

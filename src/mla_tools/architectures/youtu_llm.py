@@ -7,7 +7,7 @@ from typing import Any
 
 from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.errors import Problem
+from mla_tools.errors import Problem, clipped
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY", "dense_decoder"]
@@ -52,7 +52,8 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
         blocks.refusal(
             "it does not scale the attention by mscale_all_dim",
             needed="rope_scaling without mscale_all_dim, or none",
-            found=f"mscale_all_dim {rope['mscale_all_dim']} and factor {factor} in rope_scaling",
+            found=f"mscale_all_dim {clipped(rope['mscale_all_dim'])} and factor {clipped(factor)} in"
+            " rope_scaling",
             cause="This needs an mlx-lm whose youtu_llm applies the scale, as its deepseek_v3 does.",
         )
     ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.errors import clipped
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def claim(module: Module) -> list[Claim]:
         return []
     version = module.quantization.get("version", "gemm")
     if str(version).lower() != "gemm":
-        raise ValueError(f'AWQ version "{version}" is not supported, only "gemm"')
+        raise ValueError(f'AWQ version {clipped(version)} is not supported, only "gemm"')
     if "g_idx" in module.leaves:
         raise ValueError(f"g_idx belongs to GPTQ, but qweight {qweight} has the shape of AWQ")
     if scales is None or scales.dtype not in FLOATS:

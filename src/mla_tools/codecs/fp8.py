@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mla_tools.codecs.codec import Claim, Module, Sample, part_name
 from mla_tools.codecs.fp8_block import E8M0, GROUP, WHOLE, Fp8Block
+from mla_tools.errors import clipped
 from mla_tools.spec import DType, Spec
 
 __all__ = ["SAMPLES", "Fp8Block", "claim"]
@@ -82,7 +83,7 @@ def _named_block(module: Module) -> Block | None:
         return None
     if isinstance(named, list) and len(named) == 2 and all(type(side) is int and side > 0 for side in named):
         return (named[0], named[1])
-    raise ValueError(f"weight_block_size must be two whole numbers, such as [128, 128], not {named!r}")
+    raise ValueError(f"weight_block_size must be two whole numbers, such as [128, 128], not {clipped(named)}")
 
 
 def _layouts(spec: Spec, named: Block | None) -> Iterator[tuple[Block, int, int]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.codecs.mlx_quantized import MlxQuantized
-from mla_tools.errors import MlaToolsError
+from mla_tools.errors import MlaToolsError, clipped
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -188,8 +188,10 @@ def claim(module: Module) -> list[Claim]:
     if module.quantization.get("desc_act"):
         raise ValueError("act-order (desc_act in config.json) is not supported")
     named = module.quantization.get("checkpoint_format") or "gptq"
-    if named not in _SUBTRACTED:
-        raise ValueError(f'GPTQ checkpoint_format "{named}" is not supported, only {", ".join(_SUBTRACTED)}')
+    if not isinstance(named, str) or named not in _SUBTRACTED:
+        raise ValueError(
+            f"GPTQ checkpoint_format {clipped(named)} is not supported, only {', '.join(_SUBTRACTED)}"
+        )
     if scales is None or scales.dtype not in FLOATS:
         raise ValueError(f"scales are {scales}; beside qweight they must be F16, BF16 or F32")
     groups = scales.shape[0] if scales.shape else 0
@@ -199,7 +201,7 @@ def claim(module: Module) -> list[Claim]:
         fitting[0],
         width // groups,
         module.quantization.get("sym") is True,
-        _SUBTRACTED[str(named)],
+        _SUBTRACTED[named],
         scales.dtype,
         width,
         "g_idx" in module.leaves,

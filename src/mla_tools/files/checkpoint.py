@@ -30,6 +30,7 @@ SUFFIX = ".safetensors"
 
 _MAX_CONFIG = 16 << 20
 _MAX_INDEX = 64 << 20
+_MAX_DEPTH = 64  # a config is copied and compared by recursion
 _COMPANIONS = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 
 # What this package wrote about an output is not true of another one that is made of it.
@@ -164,10 +165,21 @@ def _read_json(
         value, twice = parse_object(data)
     except ValueError as error:
         raise CheckpointError([Problem(name, str(error), cause=AGAIN)]) from error
+    if _depth(value) > _MAX_DEPTH:
+        raise CheckpointError([Problem(name, "is nested too deeply", f"at most {_MAX_DEPTH} levels")])
     for key in dict.fromkeys(twice):
         cause = "Readers disagree on which of the two counts: remove one."
         problems.append(Problem(name, f"has the key {shown(key)} twice", cause=cause))
     return value
+
+
+def _depth(value: object) -> int:
+    """Return how many objects and lists lie in one another; a plain value has 0."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> Index | None:
@@ -407,8 +419,10 @@ def _companions(place: Place, names: Iterable[str], notes: list[str]) -> tuple[F
             )
             continue
         kind = place.kind(name)
-        if kind == "file":
+        if kind in ("file", "link"):
             found.append(place.file(name))
+        if kind == "link":
+            notes.append(f"{shown(name)} is a link out of the folder, and what it leads to is copied")
         elif kind == "gone":
             notes.append(f"{shown(name)} is a link to a file that is gone, not copied")
     return tuple(found)

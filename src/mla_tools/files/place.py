@@ -35,7 +35,7 @@ __all__ = [
 AGAIN = "Download the file again; an interrupted download leaves files like this."
 
 Bytes = NDArray[np.uint8]
-Kind = Literal["file", "folder", "gone", "other"]
+Kind = Literal["file", "link", "folder", "gone", "other"]
 
 _MAX_TRANSFER = 1 << 30  # macOS refuses a single read of 2 GiB and more
 _COPIED_AT_ONCE = 8 << 20
@@ -83,7 +83,8 @@ class Place(Protocol):
         """Return the plain names of what lies there, in order, without hidden files."""
 
     def kind(self, name: str) -> Kind:
-        """Return what lies there by this name; "gone" is a link that leads nowhere."""
+        """Return what lies there by this name; "gone" is a link that leads nowhere, and "link" one to a
+        file that is no part of the place."""
 
     def file(self, name: str) -> File: ...
 
@@ -180,10 +181,16 @@ class Folder:
     def kind(self, name: str) -> Kind:
         path = self.path / name
         if path.is_file():
-            return "file"
+            return "link" if path.is_symlink() and self._leads_out(path) else "file"
         if path.is_dir():
             return "folder"
         return "gone" if path.is_symlink() and not path.exists() else "other"
+
+    def _leads_out(self, path: Path) -> bool:
+        """Return whether a link leads out of the folder, other than to the blobs of a hub cache."""
+        folder, target = self.path.resolve(), path.resolve()
+        homes = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+        return not any(target.is_relative_to(home) for home in homes)
 
     def file(self, name: str) -> File:
         return LocalFile(self.path / name)

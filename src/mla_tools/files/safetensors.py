@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 import sys
 import threading
 from collections import OrderedDict
@@ -24,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mla_tools.errors import CheckpointError, MlaToolsError, Problem
+from mla_tools.errors import CheckpointError, MlaToolsError, Problem, clipped
 from mla_tools.files.place import AGAIN, Bytes, File, OpenFile, as_file, shown
 from mla_tools.spec import DType, Spec
 
@@ -106,7 +105,7 @@ def read_header(file: File | str | os.PathLike[str]) -> Header:
     metadata = {} if metadata is None else metadata
     entries = _check_entries(table, name, _LENGTH_BYTES + len(raw), size, problems)
     if type(metadata) is not dict or not all(map(_is_text, [*metadata, *metadata.values()])):
-        found = _clip.repr(metadata)
+        found = clipped(metadata)
         problems.append(Problem(name, f"{METADATA} is not an object of strings", found=found, cause=AGAIN))
     if problems:
         if len(problems) > _MAX_PROBLEMS:
@@ -167,7 +166,7 @@ def _check_entries(
     whole = not problems  # without every range, what lies between ranges says nothing
 
     def report(name: str, what: str, needed: str = "", found: object = None) -> None:
-        text = "" if found is None else _clip.repr(found)
+        text = "" if found is None else clipped(found)
         problems.append(Problem(shown(name), what, needed, text, f"It is stored in {file}."))
 
     for name, entry in table.items():
@@ -208,7 +207,7 @@ def _check_entries(
             report(
                 name,
                 "the number of bytes does not fit the shape and the dtype",
-                f"{_count(nbytes)} bytes for {dtype} {_clip.repr(shape)}",
+                f"{_count(nbytes)} bytes for {dtype} {clipped(shape)}",
                 end - begin,
             )
     if whole:
@@ -255,13 +254,6 @@ def _name_fault(name: str) -> str:
 def _is_text(value: object) -> bool:
     """Return whether a JSON value is a string that can be written again: without lone surrogates."""
     return type(value) is str and not _SURROGATE.search(value)
-
-
-# Short and safe for any JSON value, however deep, long or strange.
-_clip = reprlib.Repr()
-_clip.maxstring = _clip.maxother = _clip.maxlong = 80
-_clip.maxlist = _clip.maxdict = 8
-_clip.maxlevel = 3
 
 
 def _count(number: int) -> str:

@@ -1,0 +1,49 @@
+"""Mutated checkpoints are planned or refused, and the fuzzers of libFuzzer find nothing in a short run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attacks.mutations import OPTIONS, SEEDS, check, mutated, seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HERE = Path(__file__).parent
+
+# Where atheris has wheels; the mark in pyproject.toml says the same.
+ATHERIS = (sys.platform, platform.machine()) == ("linux", "x86_64") and sys.version_info < (3, 14)
+
+
+@pytest.mark.parametrize("sample", SEEDS, ids="-".join)
+def test_what_is_mutated_is_sound(sample: tuple[str, str]) -> None:
+    assert check(seed(*sample), OPTIONS[0]) == "planned"
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_any_mutated_checkpoint_is_planned_or_refused(data: st.DataObject) -> None:
+    def pick(count: int) -> int:
+        return data.draw(st.integers(0, count - 1))
+
+    check(mutated(pick), OPTIONS[pick(len(OPTIONS))])
+
+
+if ATHERIS:
+
+    @pytest.mark.parametrize(("fuzzer", "runs"), [("fuzz_headers.py", 20_000), ("fuzz_plans.py", 600)])
+    def test_a_short_run_of_a_fuzzer_finds_nothing(fuzzer: str, runs: int, tmp_path: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, str(HERE / fuzzer), f"-runs={runs}", "-seed=1", "-timeout=120"],
+            capture_output=True,
+            text=True,
+            # Where libFuzzer leaves an input that breaks something.
+            cwd=tmp_path,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr[-10_000:]
+        assert f"Done {runs} runs" in done.stderr
