@@ -42,7 +42,7 @@ PICTURE: dict[str, set[str]] = {
     "quantization": {"encoders"},
     "encoders": set(),
     "spec": set(),
-    "verify": set(),
+    "verify": {"architectures"},
     "errors": set(),
 }
 

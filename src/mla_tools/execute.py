@@ -55,7 +55,8 @@ def transform(step: Step, slab: Slab, parts: Sequence[Parts]) -> list[dict[str, 
                 with _named(source):
                     array = source.codec.decode(held, read.start, read.stop, dtype)
                 arrays.append(array.reshape(read.shape))
-            decoded[dtype.name] = step.op.apply(arrays)
+            with _named(step.sources[0]):
+                decoded[dtype.name] = step.op.apply(arrays)
         results.append(target.codec.encode(decoded[dtype.name][output]))
     return results
 
@@ -132,6 +133,8 @@ def execute(
             stack.pop_all()
         for companion in plan.checkpoint.companions:
             copy(companion, folder / companion.name)
+        for name, text in plan.added.items():
+            (folder / name).write_text(text)
         _write_json(folder / "config.json", plan.config)
         write_index(folder, plan)
     except BaseException as error:

@@ -251,6 +251,11 @@ class Plan:
         return {name: shape for name, shape in written.items() if name not in self.images}
 
     @property
+    def added(self) -> dict[str, str]:
+        """The files that are written beside the weights and are not the checkpoint's, with their text."""
+        return self.family.added()
+
+    @property
     def embed_q_costs(self) -> tuple[EmbedQCost, ...]:
         """What the K halves of packed kv_b_proj become, in bytes and precision."""
         return _embed_q_costs(self.steps)
@@ -337,7 +342,7 @@ def _make_steps(
     blind: bool,
 ) -> Steps:
     family, table = table_of(config)
-    made = Steps(family, [], [], family.refusals(config), [], {}, set(), set())
+    made = Steps(family, [], [], family.refusals(config), family.remarked(config), {}, set(), set())
     inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
     for source, match in _claimed(stored, config, table, made):
         if match is None:
@@ -398,6 +403,7 @@ def _make_steps(
             f"requantized, from a quantized source to another quantization: {words['requantized']:,} of"
             f" {words.total():,} tensors"
         )
+    _say_which_numbers_are_narrower(made)
     _say_where_quantization_disagrees(made, config)
     made.notes += map(_cost_text, _embed_q_costs(made.steps))
     _say_where_second_scales_go(made, targets, options)
@@ -603,6 +609,9 @@ def _embed_q(source: QuantSpec, width: int, options: Options) -> QuantSpec | Non
 def _exactness(sources: Sequence[Source], codec: Codec, dtype: DType, moved: bool) -> Exactness:
     quantized = any(source.codec.quantized for source in sources)
     nominal = {source.spec.dtype for source in sources}
+    if dtype.kind == "int":
+        # An op has looked whether the numbers fit.
+        return "copied" if nominal == {dtype} else "repacked"
     if moved:
         # The form that holds a source's numbers exactly can be wider than the dtype of its scales.
         exact = {source.codec.kept.dtype for source in sources if source.codec.kept is not None}
@@ -690,6 +699,21 @@ def _say_how_many_mtp_layers(table: Table, made: Steps, config: Mapping[str, Any
         made.notes.append(
             f"{key} is {said!r} in config.json, and the tensors hold {len(layers)}: layers"
             f" {fold_indices(layers)}, dropped"
+        )
+
+
+def _say_which_numbers_are_narrower(made: Steps) -> None:
+    """Note which whole numbers are written in another dtype than the checkpoint's."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for step in made.steps:
+        for target in step.targets:
+            before = step.sources[0].spec.dtype
+            if target.spec.dtype.kind == "int" and before is not target.spec.dtype:
+                found[before.name, target.spec.dtype.name].append(short(target.name))
+    for (before_name, after), names in found.items():
+        made.notes.append(
+            f"stored as {before_name} and written as {after}, which the class reads; a number that does not"
+            f" fit ends the conversion: {', '.join(fold_names(names))}"
         )
 
 
