@@ -32,7 +32,7 @@ from mla_tools.codecs import (
 from mla_tools.errors import INDEX, CheckpointError, Problem, UsageError, fold_indices, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
-from mla_tools.ops import Op, Same
+from mla_tools.ops import Indices, Op, Same
 from mla_tools.precision import expected_error
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Match, Param, Rule, Table, short
@@ -807,7 +807,7 @@ def _missing(
 
 def _is_there(step: Step) -> bool:
     names = [source.name for source in step.sources]
-    return isinstance(step.op, Same) and names == [target.name for target in step.targets]
+    return isinstance(step.op, Same | Indices) and names == [target.name for target in step.targets]
 
 
 def _say_what_stays_dense(

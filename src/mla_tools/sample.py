@@ -71,7 +71,8 @@ def write_checkpoint(
 ) -> None:
     """Write tensors under the hub's names as a checkpoint in a format, with a tokenizer.
 
-    `tensors` are float32 or whole numbers; `config` is in the hub's spelling and gets the section of the format.
+    `tensors` are float32 or whole numbers; `config` is in the hub's spelling and gets the section of the
+    format.
     """
     import mlx.core as mx
 

@@ -17,7 +17,7 @@ from typing import Any
 from mla_tools.architectures import family_of
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
 
-__all__ = ["ManifestCheck", "compare", "manifest"]
+__all__ = ["ManifestCheck", "compare", "manifest", "model_classes"]
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -25,8 +25,8 @@ Shapes = Mapping[str, Sequence[int]]
 def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
     """Return the parameters that the class for a config declares, by name with their shapes.
 
-    It is mlx-lm's class, or ours where mlx-lm has none; a file that a config names is never run.
-    `stored` are the tensors of the output: as in `mlx_lm.load`, a module is quantized if its scales
+    No file that a config names is run for it. `stored` are the tensors of the output: as in
+    `mlx_lm.load`, a module is quantized if its scales
     are among them. Raises whatever mlx-lm raises for a config that it cannot build.
     """
     import mlx.core as mx
@@ -35,7 +35,7 @@ def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
 
     # Nothing is computed here, and a GPU is the converter's.
     mx.set_default_device(mx.cpu)
-    model_class, args_class = _classes(config)
+    model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(dict(config)))
     section = config.get("quantization")
     if section is not None:
@@ -56,8 +56,8 @@ def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
     return {name: list(array.shape) for name, array in dict(tree_flatten(model.parameters())).items()}
 
 
-def _classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the Model and ModelArgs for a config."""
+def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the Model and ModelArgs for a config: mlx-lm's, or ours where mlx-lm has none."""
     from mlx_lm.utils import _get_classes
 
     if "model_file" not in config or not (runtime := family_of(config).runtime):
