@@ -344,7 +344,9 @@ def _make_steps(
     family, table = table_of(config)
     made = Steps(family, [], [], family.refusals(config), family.remarked(config), {}, set(), set())
     inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
-    for source, match in _claimed(stored, config, table, made):
+    claimed = _claimed(stored, config, table, made)
+    made.problems += _without_biases(claimed)
+    for source, match in claimed:
         if match is None:
             made.problems.append(_unknown(source, family))
             continue
@@ -454,6 +456,22 @@ def _claimed(
             parts = {part: prefix + leaf for part, leaf in claim.parts.items()}
             found.append((Source(name, claim.spec, claim.codec, parts), match))
     return found
+
+
+def _without_biases(claimed: Sequence[tuple[Source, Match | None]]) -> list[Problem]:
+    """Return the problems of affine tensors whose biases are missing where others have them.
+
+    Where no affine tensor has any, all of them are zero.
+    """
+    affine = [s for s, _ in claimed if isinstance(s.codec, MlxQuantized) and s.codec.spec.has_biases]
+    bare = [source for source in affine if "biases" not in source.parts]
+    if len(bare) == len(affine):
+        return []
+    found = f"scales without biases, and {len(affine) - len(bare):,} other affine tensors have both"
+    return [
+        Problem(source.label, "its biases are missing", part_name(source.name, "biases"), found)
+        for source in bare
+    ]
 
 
 def _plain(name: str, spec: Spec) -> Source:
