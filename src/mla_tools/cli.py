@@ -16,7 +16,7 @@ from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import THREADS, check_output, execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
-from mla_tools.plan import EmbedQ, Options, Plan, make_plan, make_steps
+from mla_tools.plan import EmbedQ, Options, Plan, make_draft_plan, make_plan, make_steps
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.sample import FORMATS, write_sample
 from mla_tools.spec import DType
@@ -100,6 +100,10 @@ def _convert(args: argparse.Namespace) -> int:
     out = Path(args.mlx_path)
     check_output(out)
     plan = _plan_of(args, options)
+    drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
+    beside = out.with_name(f"{out.name}-mtp")
+    if drafts is not None:
+        check_output(beside)
     from mla_tools.verify import ManifestCheck
 
     check = ManifestCheck(plan.config, plan.shapes)
@@ -108,16 +112,34 @@ def _convert(args: argparse.Namespace) -> int:
             execute(plan, out, progress=progress, agrees=check.wait)
     finally:
         check.cancel()
+    if drafts is not None:
+        with _bar(drafts) as progress:
+            execute(drafts, beside, progress=progress)
     if args.json:
-        print(json.dumps({"output": str(out), **report.plan_json(plan, THREADS)}, indent=2))
+        found = {"output": str(out), **report.plan_json(plan, THREADS)}
+        if drafts is not None:
+            found["drafts"] = {"output": str(beside), **report.plan_json(drafts, THREADS)}
+        print(json.dumps(found, indent=2))
     else:
         print(report.summary_text(plan, out))
+        if drafts is not None:
+            print(report.summary_text(drafts, beside))
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    plan = _plan_of(args, options_of(args))
-    print(json.dumps(report.plan_json(plan, THREADS), indent=2) if args.json else report.plan_text(plan))
+    options = options_of(args)
+    plan = _plan_of(args, options)
+    drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
+    if args.json:
+        found = report.plan_json(plan, THREADS)
+        if drafts is not None:
+            found["drafts"] = report.plan_json(drafts, THREADS)
+        print(json.dumps(found, indent=2))
+    else:
+        print(report.plan_text(plan))
+        if drafts is not None:
+            print("\n" + report.plan_text(drafts))
     return 0
 
 
@@ -347,6 +369,12 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         help="copy the tensors for images as they are (default: drop them). mlx_lm.load leaves them out and"
         " loads the language model as without this; Kimi K2.5 and K3 then also load in mlx-vlm, Mistral 4"
         " does not (mlx-vlm 0.7.10 does not split kv_b_proj)",
+    )
+    add(
+        "--keep-mtp",
+        action="store_true",
+        help="write the draft layers of DeepSeek V4 to a folder of their own, OUT-mtp, as mlx-vlm's drafters"
+        " read them (default: drop them)",
     )
     add(
         "--trust-remote-code",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from mla_tools.architectures import Family, table_of
+from mla_tools.architectures import DRAFTERS, Family, family_of, table_of
 from mla_tools.architectures.geometry import label
 from mla_tools.codecs import (
     GLOBAL_SCALE,
@@ -52,6 +52,7 @@ __all__ = [
     "Step",
     "Steps",
     "Target",
+    "make_draft_plan",
     "make_plan",
     "make_steps",
 ]
@@ -265,20 +266,43 @@ class Plan:
         return threads * max((_slab_bytes(step) for step in self.steps), default=0)
 
 
-def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """Return the plan that converts a checkpoint.
+def make_draft_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Return the plan that makes a model of its own of a checkpoint's draft layers.
+
+    Raises UsageError where it has none that could be kept, and CheckpointError as `make_plan`.
+    """
+    name = family_of(checkpoint.config).name
+    prefix, drafter = DRAFTERS.get(name, ("", None))
+    held = {name: entry for name, entry in checkpoint.tensors.items() if prefix and name.startswith(prefix)}
+    family = drafter({name: entry.spec.shape for name, entry in held.items()}) if drafter else None
+    if family is None:
+        raise UsageError(f"--keep-mtp: there are no draft layers here that could be kept ({name}).")
+    lost = {name: reason for name, reason in checkpoint.lost.items() if name.startswith(prefix)}
+    alone = replace(checkpoint, tensors=held, lost=lost, notes=())
+    return make_plan(alone, replace(options, keep_vision=False), family)
+
+
+def make_plan(checkpoint: Checkpoint, options: Options, family: Family | None = None) -> Plan:
+    """Return the plan that converts a checkpoint, as one of its own family or of the given one.
 
     Raises CheckpointError that lists everything that is wrong with it.
     """
     config = checkpoint.config
     stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
     made = make_steps(
-        stored, config, _with_config_dtype(options, config), lost=checkpoint.lost, blind=checkpoint.blind
+        stored,
+        config,
+        _with_config_dtype(options, config),
+        lost=checkpoint.lost,
+        blind=checkpoint.blind,
+        family=family,
     )
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
-    if idle := [pattern for pattern, _ in options.overrides if pattern not in made.overridden]:
+    idle = [pattern for pattern, _ in options.overrides if pattern not in made.overridden]
+    # What a draft does not have, the model may.
+    if idle and family is None:
         raise UsageError(
             f"--q-override {', '.join(idle)}: decides on no module. A path looks like"
             " model.layers.3.self_attn.embed_q; the last override that is found in a path counts."
@@ -310,6 +334,7 @@ def make_steps(
     *,
     lost: Mapping[str, str] | None = None,
     blind: bool = False,
+    family: Family | None = None,
 ) -> Steps:
     """Return what becomes of each stored tensor; problems are collected, not raised.
 
@@ -318,7 +343,7 @@ def make_steps(
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
     with _no_collector():
-        return _make_steps(stored, config, options, lost or {}, blind)
+        return _make_steps(stored, config, options, lost or {}, blind, family)
 
 
 @contextmanager
@@ -340,8 +365,9 @@ def _make_steps(
     options: Options,
     lost: Mapping[str, str],
     blind: bool,
+    family: Family | None,
 ) -> Steps:
-    family, table = table_of(config)
+    family, table = table_of(config, family)
     made = Steps(family, [], [], family.refusals(config), family.remarked(config), {}, set(), set())
     inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
     claimed = _claimed(stored, config, table, made)

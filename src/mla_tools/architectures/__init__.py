@@ -10,6 +10,7 @@ from mla_tools.architectures import (
     deepseek_v2,
     deepseek_v3,
     deepseek_v4,
+    deepseek_v4_drafts,
     deepseek_v32,
     deepseek_v41,
     glm4_moe_lite,
@@ -27,7 +28,7 @@ from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import CheckpointError, Problem
 from mla_tools.rules import Table
 
-__all__ = ["MODEL_TYPES", "Family", "family_of", "table_of"]
+__all__ = ["DRAFTERS", "MODEL_TYPES", "Family", "family_of", "table_of"]
 
 # model_type in config.json -> family. A new architecture is a file beside this one and a line here.
 MODEL_TYPES: dict[str, Family] = {
@@ -52,6 +53,10 @@ MODEL_TYPES: dict[str, Family] = {
     "youtu": youtu_llm.FAMILY,
     "youtu_llm": youtu_llm.FAMILY,
 }
+
+
+# Family -> what the names of its draft layers begin with, and what makes a family of their own of them.
+DRAFTERS = {"deepseek_v4": (deepseek_v4_drafts.PREFIX, deepseek_v4_drafts.drafter)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -84,12 +89,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     )
 
 
-def table_of(config: Mapping[str, Any]) -> tuple[Family, Table]:
-    """Return the family of a config and its table with all numbers filled in.
+def table_of(config: Mapping[str, Any], family: Family | None = None) -> tuple[Family, Table]:
+    """Return the family of a config, or the given one, and its table with all numbers filled in.
 
     Raises CheckpointError that lists every config key that is missing or absurd.
     """
-    family = family_of(config)
+    family = family or family_of(config)
     geometry = Geometry(family.numbers(config))
     rules, drops = family.build(geometry)
     if geometry.problems:

@@ -22,7 +22,7 @@ from mla_tools.ops import CutRows, Indices, Op, Same, SplitRows, Stack, StackRow
 from mla_tools.rules import Domain, Drop, Param, Rule
 from mla_tools.rules import name as template
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "Place", "attention", "collapse", "connections", "mixture"]
 
 # What mlx-vlm's models write before the names of their language model.
 _MLX_VLM = "language_model"
@@ -68,7 +68,7 @@ class Place:
         rule = Rule((first,), (ours,), (shape,), op, where, param)
         # The table adds the rule that leaves a tensor where it is.
         rest = [text for text in rest if text != ours or not isinstance(op, Same)]
-        return [rule, *(replace(rule, source=(text,), alternative=True) for text in rest)]
+        return [rule, *(_respelled(rule, text) for text in rest)]
 
     def linear(
         self,
@@ -94,11 +94,15 @@ class Place:
     ) -> list[Rule]:
         """Return the rules that make the same tensors out of others."""
         made = tuple(_join(self.ours, target) for target in targets)
-        return [
-            Rule((text,), made, (shape,), op, where, param, alternative=True, because=because)
-            for text in self.spellings(names)
-            if (text,) != made
-        ]
+        rule = Rule(("",), made, (shape,), op, where, param, because=because)
+        return [_respelled(rule, text) for text in self.spellings(names) if (text,) != made]
+
+
+def _respelled(rule: Rule, text: str) -> Rule:
+    """Return the rule that makes the same out of another source."""
+    used = {index for name in (text, *rule.target) for index in template(name).indices}
+    where = {index: domain for index, domain in rule.where.items() if index in used}
+    return replace(rule, source=(text,), where=where, alternative=True)
 
 
 def _join(prefix: str, name: str) -> str:
@@ -232,7 +236,7 @@ def expert(g: Geometry, at: Place, where: blocks.Where, theirs: str, ours: str) 
     # transformers holds the down projections without a ".weight".
     whole += ["mlp.experts.down_proj"] if ours == "down_proj" else []
     stacked = at.instead(whole, (target,), (count, *shape), Same(), where, blocks.EXPERT)
-    vlm = replace(stacked[0], source=(_join(_MLX_VLM, _join(at.ours, target)),))
+    vlm = _respelled(stacked[0], _join(_MLX_VLM, _join(at.ours, target)))
     return [replace(stack[0], alternative=False), *stack[1:], *stacked, vlm]
 
 
