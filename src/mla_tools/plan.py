@@ -818,7 +818,7 @@ def _incomplete(
     known = dict(zip(rule.shared, key, strict=True))
     needed = short(template(rule.source[0]).fold(known, rule.where))
     gathered = rule.gathered
-    word = "expert" if gathered == ("e",) else "part"
+    word = "expert" if gathered[-1:] == ("e",) else "part"
     numbers = [INDEX.split(name)[-2] for name in missing]
     few = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     what = f"{word} {few} is missing" if len(missing) == 1 else f"{word}s {few} are missing"

@@ -37,9 +37,12 @@ def drafter(shapes: Shapes) -> blocks.Family | None:
     if not layers:
         return None
     if "mtp.0.main_proj.weight" in shapes:
-        kind, build = "dspark", partial(_dspark, shapes=shapes, count=len(layers))
+        # Two sizes that config.json does not say for certain.
+        wide = shapes["mtp.0.main_proj.weight"][-1]
+        rank = shapes.get(f"mtp.{layers[-1]}.markov_head.markov_w1.weight", (1,))[-1]
+        kind, build = "dspark", partial(_dspark, wide=wide, rank=rank, count=len(layers))
     elif len(layers) == 1:
-        kind, build = "mtp", partial(_mtp, layer=layers[0])
+        kind, build, rank = "mtp", partial(_mtp, layer=layers[0]), None
     else:
         needed = "one MTP layer, or stages of DSpark with a mtp.0.main_proj"
         raise CheckpointError(
@@ -52,7 +55,7 @@ def drafter(shapes: Shapes) -> blocks.Family | None:
         build,
         {},
         defaults={"n_shared_experts": 1, "hc_mult": 4},
-        rewrite=partial(_config, count=len(layers), kind=kind),
+        rewrite=partial(_config, count=len(layers), rank=rank),
         refuse=_refuse if kind == "dspark" else None,
     )
 
@@ -74,14 +77,11 @@ def _mtp(g: Geometry, layer: int) -> tuple[list[Rule], list[Drop]]:
     return rules, []
 
 
-def _dspark(g: Geometry, shapes: Shapes, count: int) -> tuple[list[Rule], list[Drop]]:
+def _dspark(g: Geometry, wide: int, rank: int, count: int) -> tuple[list[Rule], list[Drop]]:
     hidden, vocab = g.dim("hidden_size"), g.dim("vocab_size")
     stage, top = Place("mtp.{l}", "stages.{l}"), Place("mtp.{l}", "")
     first: blocks.Where = {"l": range(1)}
     last: blocks.Where = {"l": range(count - 1, count)}
-    # Two sizes that config.json does not say.
-    wide = shapes["mtp.0.main_proj.weight"][-1]
-    rank = shapes.get(f"mtp.{count - 1}.markov_head.markov_w1.weight", (1,))[-1]
     rules = _block(g, stage, {"l": range(count)}) + collapse(g, stage, last)
     rules += stage.linear(("main_proj",), "main_proj", (hidden, wide), first)
     rules += stage.linear(("main_norm",), "main_norm", (hidden,), first, _KEPT)
@@ -91,13 +91,13 @@ def _dspark(g: Geometry, shapes: Shapes, count: int) -> tuple[list[Rule], list[D
     return rules, [Drop("mtp.{l}.confidence_head.proj.weight", reason, last)]
 
 
-def _config(config: Mapping[str, Any], count: int, kind: str) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], count: int, rank: int | None) -> dict[str, Any]:
     """Return the keys that mlx-vlm's drafters read: the model's config inside, and the size of a draft."""
     inside = {
         key: value for key, value in config.items() if key not in ("quantization", "quantization_config")
     }
     keys: dict[str, Any] = {"text_config": inside, "block_size": count + 1, "tie_word_embeddings": False}
-    if kind == "mtp":
+    if rank is None:
         return keys
     length = config["dspark_block_size"]
     return {
@@ -106,7 +106,7 @@ def _config(config: Mapping[str, Any], count: int, kind: str) -> dict[str, Any]:
         "n_mtp_layers": count,
         "target_layer_ids": config["dspark_target_layer_ids"],
         "mask_token_id": config["dspark_noise_token_id"],
-        "markov_rank": config.get("dspark_markov_rank", 256),
+        "markov_rank": rank,
     }
 
 

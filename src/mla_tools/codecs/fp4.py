@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample, part_name, refuse
-from mla_tools.codecs.fp8_block import Fp8Block
 from mla_tools.codecs.mlx_quantized import GLOBAL_SCALE, NEUTRAL, MlxQuantized
 from mla_tools.errors import MlaToolsError
 from mla_tools.quantization import QuantSpec
@@ -170,19 +169,6 @@ SAMPLES = {
         Fp4(False, "_packed", "_scale", "_global_scale", divides=True, dtypes=_E4M3, overall_shape=(1,)),
         DType.BF16,
         {**_CT, "format": "nvfp4-pack-quantized"},
-    ),
-    # DeepSeek V4: experts in FP4, the rest in FP8.
-    "fp8-fp4": Sample(
-        Fp8Block(scales=DType.F8_E8M0, part="scale", packs=True),
-        DType.BF16,
-        {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [128, 128],
-        },
-        experts=Fp4(True, "weight", "scale", dtypes=(DType.I8, DType.F8_E8M0)),
     ),
     # ModelOpt keeps its section in hf_quant_config.json.
     "modelopt-nvfp4": Sample(Fp4(False, overall="_scale_2", dtypes=_E4M3), DType.BF16),
