@@ -1,4 +1,5 @@
 # make demo   a tiny FP8 DeepSeek-V3, converted to 4 bits and made to speak
+# make demo-v4  the same with a tiny DeepSeek-V4 in its own FP8 and FP4, every bit kept
 # make test   the tests
 # make check  format, lint and types
 # Both set up everything they need in .venv; only Python 3.11 or newer must be there.
@@ -6,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check golden clean
+.PHONY: demo demo-v4 test check golden clean
 
 demo: .venv/runtime
 	rm -rf demo
@@ -18,6 +19,17 @@ demo: .venv/runtime
 	$(BIN)/mla-sanitize convert demo/source --mlx-path demo/mlx -q
 	@echo "--- run it; the weights are random, and so is the text"
 	$(BIN)/python -m mlx_lm generate --model demo/mlx --prompt "Hello" --max-tokens 16
+
+demo-v4: .venv/runtime
+	rm -rf demo-v4
+	@echo "--- a random DeepSeek-V4 in the layout and the formats of the real one"
+	$(BIN)/mla-sanitize sample deepseek_v4 demo-v4/source --format deepseek-v4
+	@echo "--- what a conversion will do: FP8 and FP4 move to MLX's modes as they are"
+	$(BIN)/mla-sanitize plan demo-v4/source
+	@echo "--- do it, and write the draft layer to a folder of its own"
+	$(BIN)/mla-sanitize convert demo-v4/source --mlx-path demo-v4/mlx --keep-mtp
+	@echo "--- run it with the class in mla_tools; the weights are random, and so is the text"
+	$(BIN)/python -m mlx_lm generate --model demo-v4/mlx --trust-remote-code --prompt "Hello" --max-tokens 16
 
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
@@ -31,7 +43,7 @@ golden: .venv/test
 	$(BIN)/python tests/test_golden.py --write
 
 clean:
-	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo demo-v4 build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,7 +1,8 @@
 """Header listings of real checkpoints at full size, as checkpoints whose files do not exist.
 
 `tests/headers/*.json` hold a config, the published totals, and the stored tensors in a short form:
-{pattern: [dtype, shape]}, where a group in braces is a comma list of words and of ranges a-b.
+{pattern: [dtype, shape]}, where a group in braces is a comma list of words and of ranges a-b or, in
+steps of s, a-b/s.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def expand(pattern: str) -> Iterator[str]:
 
 def _words(item: str) -> list[str]:
     first, dash, last = item.partition("-")
-    return [str(number) for number in range(int(first), int(last) + 1)] if dash else [item]
+    last, _, step = last.partition("/")
+    return [str(number) for number in range(int(first), int(last) + 1, int(step or 1))] if dash else [item]
 
 
 @cache

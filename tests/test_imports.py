@@ -32,7 +32,7 @@ PICTURE: dict[str, set[str]] = {
     "execute": {"codecs", "files", "ops", "plan", "spec"},
     "plan": {"architectures", "codecs", "files", "ops", "precision", "quantization", "rules", "spec"},
     "precision": {"quantization", "spec"},
-    "sample": {"architectures", "codecs", "files", "rules", "spec"},
+    "sample": {"architectures", "codecs", "files", "ops", "rules", "spec"},
     "architectures": {"ops", "quantization", "rules"},
     "rules": {"ops", "quantization", "spec"},
     "ops": {"mla", "spec"},
@@ -43,7 +43,7 @@ PICTURE: dict[str, set[str]] = {
     "encoders": set(),
     "models": set(),
     "spec": set(),
-    "verify": set(),
+    "verify": {"architectures"},
     "errors": set(),
 }
 

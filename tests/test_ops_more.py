@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mla_tools.errors import MlaToolsError
 from mla_tools.ops import (
     AddPadding,
     ConcatRows,
     CutRows,
     DropPadding,
+    Indices,
     Op,
     StackRows,
     UnstackRows,
@@ -143,6 +145,29 @@ def test_the_last_axis_is_kept_exactly_where_output_rows_are_input_rows(case: Ca
     for output, array in enumerate(case.outputs):
         moved = all(row.tobytes() in rows for row in array.reshape(-1, array.shape[-1]))
         assert case.op.keeps_last_axis(output) == case.keeps == moved
+
+
+@given(st.integers(1, 300), st.data())
+def test_indices_are_held_in_another_dtype(below: int, data: st.DataObject) -> None:
+    shape = data.draw(inner)
+    numbers = data.draw(st.lists(st.integers(0, below - 1), min_size=prod(shape), max_size=prod(shape)))
+    array = np.array(numbers, np.int64).reshape(shape)
+    op = Indices(below)
+    (made,) = op.apply([mx.array(array)])
+    assert made.dtype == mx.int32
+    assert np.array_equal(np.array(made), array)
+    assert op.infer([Spec(shape, DType.I64)]) == (Spec(shape, DType.I32),)
+    (back,) = op.inverse().apply([made])
+    assert back.dtype == mx.int64
+    assert np.array_equal(np.array(back), array)
+    assert op.inverse().inverse() == op
+
+
+@pytest.mark.parametrize("number", [8, -1, 2**32 + 3, -(2**32), 2.5])
+def test_an_index_to_nowhere_is_refused(number: float) -> None:
+    array = mx.array([[0, 7], [number, 3]], mx.float32 if number == 2.5 else mx.int64)
+    with pytest.raises(MlaToolsError, match=rf"holds {number}, .* whole and from 0 to 7"):
+        Indices(8).apply([array])
 
 
 PACKED: list[tuple[Op, list[tuple[int, ...]]]] = [

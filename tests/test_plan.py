@@ -26,7 +26,7 @@ from mla_tools.errors import UsageError
 from mla_tools.execute import transform
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.ops import Slab
-from mla_tools.plan import SLAB_ELEMENTS, Options, Plan, Step, make_plan
+from mla_tools.plan import SLAB_ELEMENTS, Options, Plan, Step, make_plan, make_steps
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_json
 from mla_tools.sample import write_sample
@@ -554,3 +554,17 @@ def test_looking_at_a_checkpoint_imports_nothing_heavy(argv: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "[]\n")
     assert done.stdout
+
+
+def test_biases_that_others_have_are_missed(tmp_path: Path) -> None:
+    write_sample("deepseek_v3", tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", "-q")
+    found = open_checkpoint(tmp_path / "out")
+    specs = {name: entry.spec for name, entry in found.tensors.items()}
+    name = "model.layers.2.mlp.switch_mlp.up_proj.biases"
+    without = {other: spec for other, spec in specs.items() if other != name}
+    (problem,) = make_steps(without, found.config, Options()).problems
+    assert (problem.what, problem.needed) == ("its biases are missing", name)
+    # Where no tensor has any they are zero: that is a quantization of its own.
+    symmetric = {other: spec for other, spec in specs.items() if not other.endswith(".biases")}
+    assert make_steps(symmetric, found.config, Options()).problems == []

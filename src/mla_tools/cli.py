@@ -20,7 +20,17 @@ from mla_tools.execute import execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
 from mla_tools.output import check_output
-from mla_tools.plan import MAX_MEMORY, THREADS, EmbedQ, Options, Plan, Workload, make_plan, steps_of
+from mla_tools.plan import (
+    MAX_MEMORY,
+    THREADS,
+    EmbedQ,
+    Options,
+    Plan,
+    Workload,
+    make_draft_plan,
+    make_plan,
+    steps_of,
+)
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.sample import FORMATS, write_sample
 from mla_tools.spec import DType
@@ -109,34 +119,42 @@ def _convert(args: argparse.Namespace) -> int:
     if group.rank == 0:
         check_output(out, resume=args.resume, overwrite=args.overwrite)
     plan = _plan_of(args, options)
-    workload = _workload(args, plan)
+    drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
+    beside = out.with_name(f"{out.name}-mtp")
+    if drafts is not None and group.rank == 0:
+        check_output(beside, resume=args.resume, overwrite=args.overwrite)
     from mla_tools.verify import ManifestCheck
 
     check = ManifestCheck(plan.config, plan.shapes) if group.rank == 0 else None
+    work = [(plan, out)] if drafts is None else [(plan, out), (drafts, beside)]
+    done = []
     try:
-        with _interruptible(out), _bar(plan, group.rank) as progress:
-            anything = execute(
-                plan,
-                out,
-                workload=workload,
-                device=args.device,
-                resume=args.resume,
-                overwrite=args.overwrite,
-                group=group,
-                progress=progress,
-                agrees=check.wait if check else lambda: None,
-            )
+        for each, folder in work:
+            with _interruptible(folder), _bar(each, group.rank) as progress:
+                anything = execute(
+                    each,
+                    folder,
+                    workload=_workload(args, each),
+                    device=args.device,
+                    resume=args.resume,
+                    overwrite=args.overwrite,
+                    group=group,
+                    progress=progress,
+                    agrees=check.wait if check and each is plan else lambda: None,
+                )
+            done.append(report.summary_text(each, folder) if anything else f"{folder} is complete already")
     finally:
         if check:
             check.cancel()
     if group.rank:
         return 0
     if args.json:
-        print(json.dumps({"output": str(out), **report.plan_json(plan, workload)}, indent=2))
-    elif not anything:
-        print(f"{out} is complete already")
+        found = {"output": str(out), **report.plan_json(plan, _workload(args, plan))}
+        if drafts is not None:
+            found["drafts"] = {"output": str(beside), **report.plan_json(drafts, _workload(args, drafts))}
+        print(json.dumps(found, indent=2))
     else:
-        print(report.summary_text(plan, out))
+        print("\n".join(done))
     return 0
 
 
@@ -165,12 +183,18 @@ def _workload(args: argparse.Namespace, plan: Plan) -> Workload:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    plan = _plan_of(args, options_of(args))
-    workload = _workload(args, plan)
+    options = options_of(args)
+    plan = _plan_of(args, options)
+    drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
     if args.json:
-        print(json.dumps(report.plan_json(plan, workload), indent=2))
+        found = report.plan_json(plan, _workload(args, plan))
+        if drafts is not None:
+            found["drafts"] = report.plan_json(drafts, _workload(args, drafts))
+        print(json.dumps(found, indent=2))
     else:
-        print(report.plan_text(plan, workload))
+        print(report.plan_text(plan, _workload(args, plan)))
+        if drafts is not None:
+            print("\n" + report.plan_text(drafts, _workload(args, drafts)))
     return 0
 
 
@@ -452,6 +476,12 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         help="what the whole process may take, such as 500MB (default: %(default)s)",
     )
     add("--threads", type=_count, default=THREADS, help="that compute at a time (default: %(default)s)")
+    add(
+        "--keep-mtp",
+        action="store_true",
+        help="write the draft layers of DeepSeek V4 to a folder of their own, OUT-mtp, as mlx-vlm's drafters"
+        " read them (default: drop them)",
+    )
     add(
         "--trust-remote-code",
         action="store_true",

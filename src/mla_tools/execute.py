@@ -57,7 +57,8 @@ def transform(step: Step, slab: Slab, parts: Sequence[Parts]) -> list[dict[str, 
                 with _named(source):
                     array = source.codec.decode(held, read.start, read.stop, dtype)
                 arrays.append(array.reshape(read.shape))
-            decoded[dtype.name] = step.op.apply(arrays)
+            with _named(step.sources[0]):
+                decoded[dtype.name] = step.op.apply(arrays)
         results.append(target.codec.encode(decoded[dtype.name][output]))
     return results
 

@@ -17,7 +17,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 from mla_tools import mla
-from mla_tools.spec import Spec
+from mla_tools.errors import MlaToolsError
+from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,6 +30,7 @@ __all__ = [
     "Copies",
     "CutRows",
     "DropPadding",
+    "Indices",
     "JoinRows",
     "MergeKvB",
     "Op",
@@ -625,3 +627,42 @@ class AddPadding:
 
     def keeps_last_axis(self, output: int) -> bool:
         return False
+
+
+@dataclass(frozen=True)
+class Indices:
+    """Whole numbers from 0 to `below` - 1, held in another integer dtype: the experts of a token.
+
+    `before` is the dtype on the way back.
+    """
+
+    below: int
+    dtype: DType = DType.I32
+    before: DType = DType.I64
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        (spec,) = specs
+        return (Spec(spec.shape, self.dtype),)
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        """Return the numbers; MlaToolsError for one that is out of range. Evaluates them."""
+        import mlx.core as mx
+
+        (array,) = arrays
+        made = array.astype(getattr(mx, self.dtype.mlx))
+        good = ((array >= 0) & (array < self.below) & (made == array)).reshape(-1)
+        if not mx.all(good).item():
+            found = array.reshape(-1)[mx.argmin(good)].item()
+            raise MlaToolsError(
+                f"holds {found}, and its numbers must be whole and from 0 to {self.below - 1}"
+            )
+        return (made,)
+
+    def inverse(self) -> Indices:
+        return Indices(self.below, self.before, self.dtype)
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        yield from Same().slabs(specs, limit)
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return True

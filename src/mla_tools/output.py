@@ -75,6 +75,7 @@ def identity(plan: Plan, device: str) -> dict[str, Any]:
         },
         "output": {
             "config_sha256": _sha256(_json(plan.config)),
+            "added": {name: _sha256(text.encode()) for name, text in plan.added.items()},
             "copied": sorted(file.name for file in plan.checkpoint.companions),
             "files": {file.name: _sha256(file.layout.header) for file in plan.files},
         },
@@ -174,7 +175,7 @@ def _clear(folder: Path) -> None:
     for told in known:
         output = (told or {}).get("output")
         if isinstance(output, dict):
-            ours |= {str(name) for key in ("files", "copied") for name in output.get(key) or ()}
+            ours |= {str(name) for key in ("files", "copied", "added") for name in output.get(key) or ()}
     ours |= {partial_path(Path(name)).name for name in ours}
     ours |= {path.name for path in journals(folder)}
     strange = sorted(path.name for path in folder.iterdir() if path.name not in ours or path.is_dir())
@@ -471,10 +472,16 @@ class Output:
             partial.unlink(missing_ok=True)
             copy(companion, partial)
             partial.rename(self.folder / companion.name)
+        for name, text in self._plan.added.items():
+            _write(self.folder / name, text.encode())
         _write_json(self.folder / "config.json", self._plan.config)
         index = partial_path(self.folder / INDEX)
         index.write_bytes(_pretty(_index(self._plan)))
-        beside = ["config.json", *sorted(file.name for file in self._plan.checkpoint.companions)]
+        beside = [
+            "config.json",
+            *sorted(self._plan.added),
+            *sorted(file.name for file in self._plan.checkpoint.companions),
+        ]
         files = {file.name: (self.folder / file.name, sealed.get(file.name)) for file in self._plan.files}
         files |= {name: (self.folder / name, None) for name in beside} | {INDEX: (index, None)}
         _write_json(self.folder / RECORD, {**self._told, **_made(self._plan, files)})
@@ -537,9 +544,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, _pretty(value))
+
+
+def _write(path: Path, data: bytes) -> None:
     partial = partial_path(path)
     with partial.open("wb") as file:
-        file.write(_pretty(value))
+        file.write(data)
         file.flush()
         sync(file.fileno())
     partial.rename(path)

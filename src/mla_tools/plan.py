@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from mla_tools.architectures import Family, table_of
+from mla_tools.architectures import DRAFTERS, Family, family_of, table_of
 from mla_tools.architectures.geometry import label
 from mla_tools.codecs import (
     GLOBAL_SCALE,
@@ -41,7 +41,7 @@ from mla_tools.errors import (
 )
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.safetensors import Layout, layout
-from mla_tools.ops import Op, Same
+from mla_tools.ops import Indices, Op, Same
 from mla_tools.precision import expected_error
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Match, Param, Rule, Table, short
@@ -64,6 +64,7 @@ __all__ = [
     "Steps",
     "Target",
     "Workload",
+    "make_draft_plan",
     "make_plan",
     "make_steps",
     "steps_of",
@@ -302,6 +303,11 @@ class Plan:
         return {name: shape for name, shape in written.items() if name not in self.images}
 
     @property
+    def added(self) -> dict[str, str]:
+        """The files that are written beside the weights and are not the checkpoint's, with their text."""
+        return self.family.added()
+
+    @property
     def embed_q_costs(self) -> tuple[EmbedQCost, ...]:
         """What the K halves of packed kv_b_proj become, in bytes and precision."""
         return _embed_q_costs(self.steps)
@@ -341,17 +347,35 @@ class Plan:
         return list(kinds.values())
 
 
-def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """Return the plan that converts a checkpoint.
+def make_draft_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Return the plan that makes a model of its own of a checkpoint's draft layers.
+
+    Raises UsageError where it has none that could be kept, and CheckpointError as `make_plan`.
+    """
+    name = family_of(checkpoint.config).name
+    prefix, drafter = DRAFTERS.get(name, ("", None))
+    held = {name: entry for name, entry in checkpoint.tensors.items() if prefix and name.startswith(prefix)}
+    family = drafter({name: entry.spec.shape for name, entry in held.items()}) if drafter else None
+    if family is None:
+        raise UsageError(f"--keep-mtp: there are no draft layers here that could be kept ({name}).")
+    lost = {name: reason for name, reason in checkpoint.lost.items() if name.startswith(prefix)}
+    alone = replace(checkpoint, tensors=held, lost=lost, notes=())
+    return make_plan(alone, replace(options, keep_vision=False), family)
+
+
+def make_plan(checkpoint: Checkpoint, options: Options, family: Family | None = None) -> Plan:
+    """Return the plan that converts a checkpoint, as one of its own family or of the given one.
 
     Raises CheckpointError that lists everything that is wrong with it.
     """
     config = checkpoint.config
-    made = steps_of(checkpoint, _with_config_dtype(options, config))
+    made = steps_of(checkpoint, _with_config_dtype(options, config), family)
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
-    if idle := [pattern for pattern, _ in options.overrides if pattern not in made.overridden]:
+    idle = [pattern for pattern, _ in options.overrides if pattern not in made.overridden]
+    # What a draft does not have, the model may.
+    if idle and family is None:
         raise UsageError(
             f"--q-override {', '.join(idle)}: decides on no module. A path looks like"
             " model.layers.3.self_attn.embed_q; the last override that is found in a path counts."
@@ -376,14 +400,21 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     )
 
 
-def steps_of(checkpoint: Checkpoint, options: Options) -> Steps:
+def steps_of(checkpoint: Checkpoint, options: Options, family: Family | None = None) -> Steps:
     """Return what becomes of each stored tensor of a checkpoint, whose own problems are not among those.
 
     Raises CheckpointError, with those, where `make_steps` does.
     """
     stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
     try:
-        return make_steps(stored, checkpoint.config, options, lost=checkpoint.lost, blind=checkpoint.blind)
+        return make_steps(
+            stored,
+            checkpoint.config,
+            options,
+            lost=checkpoint.lost,
+            blind=checkpoint.blind,
+            family=family,
+        )
     except CheckpointError as error:
         raise CheckpointError([*checkpoint.problems, *error.problems]) from error
 
@@ -395,6 +426,7 @@ def make_steps(
     *,
     lost: Mapping[str, str] | None = None,
     blind: bool = False,
+    family: Family | None = None,
 ) -> Steps:
     """Return what becomes of each stored tensor; problems are collected, not raised.
 
@@ -403,7 +435,7 @@ def make_steps(
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
     with _no_collector():
-        return _make_steps(stored, config, options, lost or {}, blind)
+        return _make_steps(stored, config, options, lost or {}, blind, family)
 
 
 @contextmanager
@@ -425,11 +457,14 @@ def _make_steps(
     options: Options,
     lost: Mapping[str, str],
     blind: bool,
+    family: Family | None,
 ) -> Steps:
-    family, table = table_of(config)
-    made = Steps(family, [], [], family.refusals(config), [], {}, set(), set())
+    family, table = table_of(config, family)
+    made = Steps(family, [], [], family.refusals(config), family.remarked(config), {}, set(), set())
     inputs: dict[tuple[int, tuple[int, ...]], dict[int, Source]] = defaultdict(dict)
-    for source, match in _claimed(stored, config, table, made):
+    claimed = _claimed(stored, config, table, made)
+    made.problems += _without_biases(claimed)
+    for source, match in claimed:
         if match is None:
             made.problems.append(_unknown(source, family))
             continue
@@ -489,6 +524,7 @@ def _make_steps(
             f"requantized, from a quantized source to another quantization: {words['requantized']:,} of"
             f" {words.total():,} tensors"
         )
+    _say_which_numbers_are_narrower(made)
     _say_where_quantization_disagrees(made, config)
     made.notes += map(_cost_text, _embed_q_costs(made.steps))
     _say_where_second_scales_go(made, targets, options)
@@ -539,6 +575,22 @@ def _claimed(
             parts = {part: prefix + leaf for part, leaf in claim.parts.items()}
             found.append((Source(name, claim.spec, claim.codec, parts), match))
     return found
+
+
+def _without_biases(claimed: Sequence[tuple[Source, Match | None]]) -> list[Problem]:
+    """Return the problems of affine tensors whose biases are missing where others have them.
+
+    Where no affine tensor has any, all of them are zero.
+    """
+    affine = [s for s, _ in claimed if isinstance(s.codec, MlxQuantized) and s.codec.spec.has_biases]
+    bare = [source for source in affine if "biases" not in source.parts]
+    if len(bare) == len(affine):
+        return []
+    found = f"scales without biases, and {len(affine) - len(bare):,} other affine tensors have both"
+    return [
+        Problem(source.label, "its biases are missing", part_name(source.name, "biases"), found)
+        for source in bare
+    ]
 
 
 def _plain(name: str, spec: Spec) -> Source:
@@ -694,6 +746,9 @@ def _embed_q(source: QuantSpec, width: int, options: Options) -> QuantSpec | Non
 def _exactness(sources: Sequence[Source], codec: Codec, dtype: DType, moved: bool) -> Exactness:
     quantized = any(source.codec.quantized for source in sources)
     nominal = {source.spec.dtype for source in sources}
+    if dtype.kind == "int":
+        # An op has looked whether the numbers fit.
+        return "copied" if nominal == {dtype} else "repacked"
     if moved:
         # The form that holds a source's numbers exactly can be wider than the dtype of its scales.
         exact = {source.codec.kept.dtype for source in sources if source.codec.kept is not None}
@@ -784,6 +839,21 @@ def _say_how_many_mtp_layers(table: Table, made: Steps, config: Mapping[str, Any
         )
 
 
+def _say_which_numbers_are_narrower(made: Steps) -> None:
+    """Note which whole numbers are written in another dtype than the checkpoint's."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for step in made.steps:
+        for target in step.targets:
+            before = step.sources[0].spec.dtype
+            if target.spec.dtype.kind == "int" and before is not target.spec.dtype:
+                found[before.name, target.spec.dtype.name].append(short(target.name))
+    for (before_name, after), names in found.items():
+        made.notes.append(
+            f"stored as {before_name} and written as {after}, which the class reads; a number that does not"
+            f" fit ends the conversion: {', '.join(fold_names(names))}"
+        )
+
+
 def _say_where_quantization_disagrees(made: Steps, config: Mapping[str, Any]) -> None:
     """Note what config.json says about MLX's quantization and the tensors do not bear out."""
     given = config.get("quantization")
@@ -841,7 +911,7 @@ def _incomplete(
     known = dict(zip(rule.shared, key, strict=True))
     needed = short(template(rule.source[0]).fold(known, rule.where))
     gathered = rule.gathered
-    word = "expert" if gathered == ("e",) else "part"
+    word = "expert" if gathered[-1:] == ("e",) else "part"
     numbers = [INDEX.split(name)[-2] for name in missing]
     few = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     what = f"{word} {few} is missing" if len(missing) == 1 else f"{word}s {few} are missing"
@@ -887,7 +957,7 @@ def _missing(
 
 def _is_there(step: Step) -> bool:
     names = [source.name for source in step.sources]
-    return isinstance(step.op, Same) and names == [target.name for target in step.targets]
+    return isinstance(step.op, Same | Indices) and names == [target.name for target in step.targets]
 
 
 def _say_what_stays_dense(

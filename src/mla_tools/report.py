@@ -51,6 +51,8 @@ def plan_text(plan: Plan, workload: Workload | None = None) -> str:
         lines += _drop_lines(plan)
     if plan.config_changes:
         lines += ["", "config.json", *(f"  {line}" for line in plan.config_changes)]
+    if plan.added:
+        lines += ["", "added files", *(f"  {name}" for name in plan.added)]
     if plan.notes:
         lines += ["", "notes", *(f"  {line}" for line in plan.notes)]
     if workload is not None:
@@ -179,6 +181,7 @@ def plan_json(plan: Plan, workload: Workload) -> dict[str, Any]:
         "dropped": [{"name": drop.source.name, "reason": drop.reason} for drop in plan.drops],
         "files": [{"name": file.name, "bytes": file.layout.size} for file in plan.files],
         "copied_files": [file.name for file in plan.checkpoint.companions],
+        "added_files": list(plan.added),
         "bytes": plan.nbytes,
         "parameters": plan.parameters,
         "peak_bytes": workload.peak_bytes,

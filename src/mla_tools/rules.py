@@ -157,10 +157,9 @@ class Rule:
         return tuple(spec.shape for spec in self.op.infer(specs))
 
     def is_done(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a source of this shape is the target already, where both have one name."""
-        return (
-            self.source == self.target and shape != self.shapes[0] and self.target_shapes() == (tuple(shape),)
-        )
+        """Return whether a source of this shape is the target already, maybe under another name."""
+        alone = len(self.source) == 1 and not self.gathered
+        return alone and shape != self.shapes[0] and self.target_shapes() == (tuple(shape),)
 
     def inverse(self) -> Rule:
         """Return the rule from the targets back to the sources."""

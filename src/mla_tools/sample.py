@@ -18,6 +18,7 @@ from mla_tools.architectures.geometry import OPEN
 from mla_tools.codecs import FORMATS, Codec, Dense, part_name
 from mla_tools.errors import MlaToolsError, UsageError
 from mla_tools.files.safetensors import Writer, layout
+from mla_tools.ops import Indices
 from mla_tools.rules import Drop, Param, Table, name
 from mla_tools.spec import DType, Spec
 
@@ -28,8 +29,17 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "format_of", "write_checkpoint", "write_sample", "write_tokenizer"]
 
 # What quantized checkpoints leave in floats, by the ending of the module's name.
-# Source: the header listings of DeepSeek V3 and V3.2.
-_NEVER_QUANTIZED = ("embed_tokens", "lm_head", "eh_proj", "shared_head.head", "weights_proj", ".gate")
+# Source: the header listings of DeepSeek V3, V3.2 and V4.
+_NEVER_QUANTIZED = (
+    "embed_tokens",
+    "embed",
+    "head",
+    "eh_proj",
+    "weights_proj",
+    ".gate",
+    "compressor.wkv",
+    "compressor.wgate",
+)
 
 # The modules beside a language model, which nobody quantizes either.
 _BESIDE = ("vision_tower.", "multi_modal_projector.", "mm_projector.")
@@ -61,7 +71,8 @@ def write_checkpoint(
 ) -> None:
     """Write tensors under the hub's names as a checkpoint in a format, with a tokenizer.
 
-    `tensors` are float32; `config` is in the hub's spelling and gets the section of the format.
+    `tensors` are float32 or whole numbers; `config` is in the hub's spelling and gets the section of the
+    format.
     """
     import mlx.core as mx
 
@@ -70,6 +81,8 @@ def write_checkpoint(
     stored: dict[str, tuple[Spec, mx.array]] = {}
     for tensor, array in tensors.items():
         codec, dtype = format_of(tensor, tuple(array.shape), family, fmt)
+        if mx.issubdtype(array.dtype, mx.integer):
+            codec, dtype = Dense(DType.I64), DType.I64
         # MLX has no 8-bit floats, so only the codec knows what its bytes are.
         specs = codec.encoded(Spec(tuple(array.shape), dtype))
         for part, value in codec.encode(array.astype(getattr(mx, dtype.mlx))).items():
@@ -84,7 +97,7 @@ def write_checkpoint(
 
 
 def _tensors(table: Table, config: Mapping[str, Any], seed: int) -> dict[str, mx.array]:
-    """Return random values for every tensor that a checkpoint of this config holds, in float32."""
+    """Return random values for every tensor that a checkpoint of this config holds, the floats in float32."""
     import mlx.core as mx
     import numpy as np
 
@@ -94,6 +107,8 @@ def _tensors(table: Table, config: Mapping[str, Any], seed: int) -> dict[str, mx
     for rule in table.inverse().rules:
         for key in rule.applications():
             arrays = [mx.array(_values(rng, source, *known[source])) for source in rule.sources(key)]
+            if isinstance(rule.op, Indices):
+                arrays = [mx.array(rng.integers(rule.op.below, size=array.shape)) for array in arrays]
             tensors |= zip(rule.targets(key), rule.op.apply(arrays), strict=True)
     for drop in table.drops:
         for tensor in drop.inside if drop.usual else ():
@@ -139,6 +154,8 @@ def format_of(tensor: str, shape: tuple[int, ...], family: Family, fmt: str) -> 
     """Return how a tensor is stored in the real checkpoints of a format, and its float dtype."""
     sample = FORMATS[fmt]
     codec, dtype = sample.codec, sample.dtype
+    if sample.experts is not None and ".experts." in tensor:
+        codec = sample.experts
     module = tensor.removesuffix(".weight")
     never = module == tensor or len(shape) != 2 or module.endswith(_NEVER_QUANTIZED)
     if codec.quantized and (never or module.startswith(_BESIDE)):

@@ -14,15 +14,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mla_tools.architectures import family_of
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.place import LocalFile
 from mla_tools.output import RECORD, journals, read_record
 
-__all__ = ["ManifestCheck", "compare", "manifest", "verify_output"]
+__all__ = ["ManifestCheck", "compare", "manifest", "model_classes", "verify_output"]
 
 AGAIN = "Convert again, or copy the file again from where it was whole."
 
@@ -32,19 +34,19 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
-    """Return the parameters that mlx-lm's class declares for a config, by name with their shapes.
+    """Return the parameters that the class for a config declares, by name with their shapes.
 
-    `stored` are the tensors of the output: as in `mlx_lm.load`, a module is quantized if its scales
+    No file that a config names is run for it. `stored` are the tensors of the output: as in
+    `mlx_lm.load`, a module is quantized if its scales
     are among them. Raises whatever mlx-lm raises for a config that it cannot build.
     """
     import mlx.core as mx
     from mlx.nn.layers.quantized import quantize
     from mlx.utils import tree_flatten
-    from mlx_lm.utils import _get_classes
 
     # Nothing is computed here, and a GPU is the converter's.
     mx.set_default_device(mx.cpu)
-    model_class, args_class = _get_classes(dict(config))
+    model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(dict(config)))
     section = config.get("quantization")
     if section is not None:
@@ -63,6 +65,17 @@ def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
             class_predicate=how,
         )
     return {name: list(array.shape) for name, array in dict(tree_flatten(model.parameters())).items()}
+
+
+def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the Model and ModelArgs for a config: mlx-lm's, or ours where mlx-lm has none."""
+    from mlx_lm.utils import _get_classes
+
+    if "model_file" not in config or not (runtime := family_of(config).runtime):
+        found: tuple[Any, Any] = _get_classes(dict(config))
+        return found
+    module = import_module(f"mla_tools.models.{runtime}")
+    return module.Model, module.ModelArgs
 
 
 def compare(stored: Shapes, declared: Shapes) -> list[Problem]:

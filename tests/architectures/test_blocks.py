@@ -8,13 +8,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import _get_classes
 
 from mla_tools.architectures import MODEL_TYPES, blocks, table_of
 from mla_tools.architectures.geometry import Geometry, Num, label
 from mla_tools.errors import CheckpointError
 from mla_tools.ops import SplitKvB, Stack
 from mla_tools.rules import Rule
+from mla_tools.verify import model_classes
 
 each_family = pytest.mark.parametrize("family", MODEL_TYPES)
 
@@ -43,7 +43,7 @@ def shapes(rules: list[Rule]) -> dict[str, tuple[int, ...]]:
 def model_of(family: str, **keys: Any) -> Any:
     found = MODEL_TYPES[family]
     config = found.rewritten({**found.sample, **keys})
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = model_classes(config)
     return model_class(args_class.from_dict(config))
 
 
@@ -73,6 +73,11 @@ VARIANTS: list[Any] = [
     pytest.param("deepseek_v3", {"qk_nope_head_dim": 32, "v_head_dim": 96}, id="deepseek_v3-unlike_heads"),
     pytest.param("deepseek_v41", text("deepseek_v41", kv_source_layer_ids=[1]), id="deepseek_v41-sources"),
     pytest.param("deepseek_v41", text("deepseek_v41", o_groups=4), id="deepseek_v41-groups"),
+    pytest.param("deepseek_v4", {"num_hash_layers": 0}, id="deepseek_v4-no_hash_layers"),
+    pytest.param("deepseek_v4", {"num_hash_layers": 9}, id="deepseek_v4-all_hash_layers"),
+    pytest.param("deepseek_v4", {"compress_ratios": [0, 0, 0, 0]}, id="deepseek_v4-no_compressor"),
+    pytest.param("deepseek_v4", {"compress_ratios": [128] * 4}, id="deepseek_v4-no_indexer"),
+    pytest.param("deepseek_v4", {"o_groups": 4, "n_shared_experts": 2}, id="deepseek_v4-groups"),
     pytest.param("glm4_moe_lite", {"q_lora_rank": None}, id="glm4_moe_lite-no_q_lora_rank"),
     pytest.param("kimi_k3", text("kimi_k3", tie_word_embeddings=True), id="kimi_k3-tied"),
     pytest.param("kimi_k3", text("kimi_k3", q_lora_rank=None), id="kimi_k3-no_q_lora_rank"),

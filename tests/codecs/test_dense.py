@@ -53,6 +53,15 @@ def test_decode_rounds_once_and_encode_gives_it_back(dtype: DType, target: DType
     assert mx.array_equal(again, decoded).item()
 
 
+def test_whole_numbers_are_left_to_the_op_that_narrows_them() -> None:
+    array = mx.array([[0, 2**40]], mx.int64)
+    decoded = Dense(DType.I64).decode({"weight": array}, 0, 1, DType.I32)
+    assert decoded.dtype == mx.int64
+    assert mx.array_equal(decoded, array).item()
+    (encoded,) = Dense(DType.I32).encode(mx.array([[0, 7]], mx.int64)).values()
+    assert encoded.dtype == mx.int32
+
+
 @FLOATS
 def test_nothing_happens_to_the_bits_of_strange_numbers(dtype: DType) -> None:
     numbers = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 6e-8]

@@ -10,6 +10,8 @@ from mla_tools.architectures import (
     bailing_moe_v3,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v4,
+    deepseek_v4_drafts,
     deepseek_v32,
     deepseek_v41,
     glm4_moe_lite,
@@ -28,7 +30,7 @@ from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import CheckpointError, Problem, clipped
 from mla_tools.rules import Table
 
-__all__ = ["MODEL_TYPES", "Family", "family_of", "table_of"]
+__all__ = ["DRAFTERS", "MODEL_TYPES", "Family", "family_of", "table_of"]
 
 # model_type in config.json -> family. A new architecture is a file beside this one and a line here.
 MODEL_TYPES: dict[str, Family] = {
@@ -36,6 +38,7 @@ MODEL_TYPES: dict[str, Family] = {
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "deepseek_v32": deepseek_v32.FAMILY,
+    "deepseek_v4": deepseek_v4.FAMILY,
     "deepseek_v41": deepseek_v41.FAMILY,
     # The text_config of deepseek_v41 by itself; mlx-lm has one class for both.
     "deepseek_v41_text": deepseek_v41.FAMILY,
@@ -61,6 +64,9 @@ MODEL_TYPES: dict[str, Family] = {
 
 # Names are made one by one; the largest models published have less than a tenth of this many.
 _MOST_TENSORS = 4_000_000
+
+# Family -> what the names of its draft layers begin with, and what makes a family of their own of them.
+DRAFTERS = {"deepseek_v4": (deepseek_v4_drafts.PREFIX, deepseek_v4_drafts.drafter)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -100,12 +106,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     )
 
 
-def table_of(config: Mapping[str, Any]) -> tuple[Family, Table]:
-    """Return the family of a config and its table with all numbers filled in.
+def table_of(config: Mapping[str, Any], family: Family | None = None) -> tuple[Family, Table]:
+    """Return the family of a config, or the given one, and its table with all numbers filled in.
 
     Raises CheckpointError that lists every config key that is missing or absurd.
     """
-    family = family_of(config)
+    family = family or family_of(config)
     geometry = Geometry(family.numbers(config))
     rules, drops = family.build(geometry)
     if geometry.problems:

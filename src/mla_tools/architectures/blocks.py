@@ -84,7 +84,9 @@ class Family:
     output's config must have instead, because mlx-lm's class reads them differently; without it,
     rope_parameters become rope_theta and rope_scaling. `refuse` returns what makes that class compute
     something else than the reference implementation, whatever the weights. `images` says what an output
-    is for in which the tensors for images were kept.
+    is for in which the tensors for images were kept. `runtime` is the module of `mla_tools.models` whose
+    class loads the output where mlx-lm has none: a file that imports it is put beside the weights.
+    `remarks` returns what a plan should say about a config that the tensors do not bear out.
     """
 
     name: str
@@ -100,6 +102,8 @@ class Family:
     rewrite: Callable[[Config], Config] | None = None
     refuse: Callable[[Config], list[Problem]] | None = None
     images: str = ""
+    runtime: str = ""
+    remarks: Callable[[Config], list[str]] | None = None
 
     def place(self, config: Config) -> str | None:
         """Return the key under which the numbers stand in a config, None where they stand at the top."""
@@ -122,11 +126,31 @@ class Family:
         numbers |= (self.rewrite or flat_rope)(numbers)
         place = self.place(config)
         whole = {**config, place: numbers} if place else numbers
-        return {**whole, "model_type": self.model_type}
+        own = {"model_file": self.model_file} if self.runtime else {}
+        return {**whole, **own, "model_type": self.model_type}
+
+    @property
+    def model_file(self) -> str:
+        """The name of the file that brings the class into mlx-lm."""
+        return f"{self.runtime}.py"
+
+    def added(self) -> dict[str, str]:
+        """Return the files that an output needs beside its weights, by name with their text."""
+        if not self.runtime:
+            return {}
+        module = f"mla_tools.models.{self.runtime}"
+        return {
+            self.model_file: f'"""The class of this model is part of mla-tools."""\n'
+            f"from {module} import Model, ModelArgs  # noqa: F401\n"
+        }
 
     def refusals(self, config: Config) -> list[Problem]:
         """Return what no conversion can make right in mlx-lm's class."""
         return self.refuse(self.numbers(config)) if self.refuse else []
+
+    def remarked(self, config: Config) -> list[str]:
+        """Return what is worth saying about a config."""
+        return self.remarks(self.numbers(config)) if self.remarks else []
 
 
 def wrapped(

@@ -15,6 +15,7 @@ from mla_tools.codecs.codec import Claim, Codec, Module, Sample, part_name
 from mla_tools.codecs.dense import Dense
 from mla_tools.codecs.fp8 import Fp8Block
 from mla_tools.codecs.mlx_quantized import GLOBAL_SCALE, MlxQuantized
+from mla_tools.spec import DType
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -50,6 +51,13 @@ FORMATS: dict[str, Sample] = {
     **compressed_int.SAMPLES,
     **awq.SAMPLES,
     **gptq.SAMPLES,
+    # Experts in FP4, the rest in FP8.
+    "deepseek-v4": Sample(
+        Fp8Block(scales=DType.F8_E8M0, part="scale", packs=True),
+        DType.BF16,
+        fp8.SAMPLES["fp8-ue8m0"].section,
+        experts=fp4.Fp4(True, "weight", "scale", dtypes=(DType.I8, DType.F8_E8M0)),
+    ),
 }
 
 Parts = Mapping[str, "mx.array"]

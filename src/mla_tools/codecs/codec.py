@@ -97,11 +97,12 @@ class Codec(Protocol):
 @dataclass(frozen=True)
 class Sample:
     """A format as samples are written in it: the codec of the linear layers, the float dtype of the
-    rest, and the section that such checkpoints have in config.json."""
+    rest, the section that such checkpoints have in config.json, and the experts' codec if it is another."""
 
     codec: Codec
     dtype: DType
     section: Mapping[str, object] | None = None
+    experts: Codec | None = None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ class Dense(Codec):
     def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
-        return parts["weight"].astype(getattr(mx, dtype.mlx))
+        stored = parts["weight"]
+        # Whole numbers are narrowed by an op, which looks whether they fit.
+        return stored if dtype.kind == "int" else stored.astype(getattr(mx, dtype.mlx))
 
     def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
         raise TypeError(f"MLX has no form of {self.word}")

@@ -1,0 +1,120 @@
+"""The draft layers of DeepSeek V4 as models of their own, with the names of mlx-vlm's drafters.
+
+The first release has one MTP layer, 0731 three stages of DSpark; their tensors tell which. They use the
+embedding and the output head of the model that they draft for.
+Source: mlx_vlm/speculative/drafters in mlx-vlm 0.7.10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mla_tools.architectures import blocks
+from mla_tools.architectures.deepseek_v4 import Place, attention, collapse, connections, mixture
+from mla_tools.architectures.geometry import Geometry
+from mla_tools.errors import CheckpointError, Problem
+from mla_tools.rules import Drop, Param, Rule
+
+__all__ = ["PREFIX", "drafter"]
+
+# What the names of all draft layers begin with, in every layout that has them.
+PREFIX = "mtp."
+
+_LINEAR = Param(quantizable=True)
+_KEPT = Param(cast=False)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def drafter(shapes: Shapes) -> blocks.Family | None:
+    """Return the family of the draft layers among the stored tensors of a checkpoint, if it has some.
+
+    Raises CheckpointError for layers that mlx-vlm has no drafter for.
+    """
+    layers = sorted({int(name.split(".")[1]) for name in shapes if name.startswith(PREFIX)})
+    if not layers:
+        return None
+    if "mtp.0.main_proj.weight" in shapes:
+        # Two sizes that config.json does not say for certain.
+        wide = shapes["mtp.0.main_proj.weight"][-1]
+        rank = shapes.get(f"mtp.{layers[-1]}.markov_head.markov_w1.weight", (1,))[-1]
+        kind, build = "dspark", partial(_dspark, wide=wide, rank=rank, count=len(layers))
+    elif len(layers) == 1:
+        kind, build, rank = "mtp", partial(_mtp, layer=layers[0]), None
+    else:
+        needed = "one MTP layer, or stages of DSpark with a mtp.0.main_proj"
+        raise CheckpointError(
+            [Problem("mtp", "mlx-vlm has no drafter for these layers", needed, f"layers {layers}")]
+        )
+    name = f"deepseek_v4_{kind}"
+    return blocks.Family(
+        name,
+        name,
+        build,
+        {},
+        defaults={"n_shared_experts": 1, "hc_mult": 4},
+        rewrite=partial(_config, count=len(layers), rank=rank),
+        refuse=_refuse if kind == "dspark" else None,
+    )
+
+
+def _block(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
+    """Return the rules of a layer without compression, whose router scores every token."""
+    return [*connections(g, at, where), *attention(g, at, where), *mixture(g, at, where, range(0))]
+
+
+def _mtp(g: Geometry, layer: int) -> tuple[list[Rule], list[Drop]]:
+    hidden = g.dim("hidden_size")
+    where: blocks.Where = {"l": range(layer, layer + 1)}
+    top = Place("mtp.{l}", "")
+    rules = _block(g, Place("mtp.{l}", "decoder"), where) + collapse(g, top, where)
+    for name in ("enorm", "hnorm"):
+        rules += top.linear((name,), name, (hidden,), where, _KEPT)
+    for name in ("e_proj", "h_proj"):
+        rules += top.linear((name,), name, (hidden, hidden), where, _LINEAR)
+    return rules, []
+
+
+def _dspark(g: Geometry, wide: int, rank: int, count: int) -> tuple[list[Rule], list[Drop]]:
+    hidden, vocab = g.dim("hidden_size"), g.dim("vocab_size")
+    stage, top = Place("mtp.{l}", "stages.{l}"), Place("mtp.{l}", "")
+    first: blocks.Where = {"l": range(1)}
+    last: blocks.Where = {"l": range(count - 1, count)}
+    rules = _block(g, stage, {"l": range(count)}) + collapse(g, stage, last)
+    rules += stage.linear(("main_proj",), "main_proj", (hidden, wide), first)
+    rules += stage.linear(("main_norm",), "main_norm", (hidden,), first, _KEPT)
+    for name in ("markov_head.markov_w1", "markov_head.markov_w2"):
+        rules += top.linear((name,), name, (vocab, rank), last)
+    reason = "confidence of a draft, which mlx-vlm's drafter does not ask for"
+    return rules, [Drop("mtp.{l}.confidence_head.proj.weight", reason, last)]
+
+
+def _config(config: Mapping[str, Any], count: int, rank: int | None) -> dict[str, Any]:
+    """Return the keys that mlx-vlm's drafters read: the model's config inside, and the size of a draft."""
+    inside = {
+        key: value for key, value in config.items() if key not in ("quantization", "quantization_config")
+    }
+    keys: dict[str, Any] = {"text_config": inside, "block_size": count + 1, "tie_word_embeddings": False}
+    if rank is None:
+        return keys
+    length = config["dspark_block_size"]
+    return {
+        **keys,
+        "block_size": length + 1,
+        "n_mtp_layers": count,
+        "target_layer_ids": config["dspark_target_layer_ids"],
+        "mask_token_id": config["dspark_noise_token_id"],
+        "markov_rank": rank,
+    }
+
+
+def _refuse(config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse a config that does not say how the stages draft."""
+    keys = ("dspark_block_size", "dspark_target_layer_ids", "dspark_noise_token_id")
+    return [
+        Problem("config.json", f"{key} is missing", "how the DSpark stages in mtp draft", "no such key")
+        for key in keys
+        if config.get(key) is None
+    ]
