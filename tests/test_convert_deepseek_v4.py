@@ -366,6 +366,15 @@ def test_transformers_words_become_the_hubs(sources: Sources) -> None:
 
 REFUSED = {
     "ratio": ({"compress_ratios": [0, 0, 4, 128, 8, 128]}, "compress_ratios cannot be used"),
+    "a ratio that is none": (
+        {"compress_ratios": [[0], 0.0, 4, 128, 4, 128]},
+        "compress_ratios cannot be used",
+    ),
+    "a kind that is none": ({"compress_ratios": None, "layer_types": [[]] * 6}, "compress_ratios cannot"),
+    "a part that is none": (
+        {"qk_rope_head_dim": None, "partial_rotary_factor": float("nan")},
+        "qk_rope_head_dim cannot be used",
+    ),
     "few ratios": ({"compress_ratios": [0, 0, 4]}, "compress_ratios cannot be used"),
     "no ratios": ({"compress_ratios": None}, "compress_ratios cannot be used"),
     "kind of layer": (

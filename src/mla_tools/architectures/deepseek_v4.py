@@ -272,13 +272,13 @@ def collapse(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     config = g.config = {**g.config, **hub_keys(g.config)}
     layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
-    ratios = config.get("compress_ratios")
-    if not isinstance(ratios, list) or not set(ratios[: layers.stop]) <= set(_RATIOS):
-        ratios = None
-    if ratios is None or len(ratios) < layers.stop:
+    # No tensor has it, and the class does not do without.
+    g.dim("qk_rope_head_dim")
+    given = config.get("compress_ratios")
+    ratios = given[: layers.stop] if isinstance(given, list) else []
+    if len(ratios) < layers.stop or not all(type(ratio) is int and ratio in _RATIOS for ratio in ratios):
         needed = f"a list of {layers.stop} numbers or more, each of them 0, 4 or 128"
-        found = repr(config.get("compress_ratios"))[:80]
-        g.problems.append(Problem("config.json", "compress_ratios cannot be used", needed, found))
+        g.problems.append(Problem("config.json", "compress_ratios cannot be used", needed, repr(given)[:80]))
         ratios = [0] * layers.stop
     hashed = range(min(layers.stop, g.count("num_hash_layers", least=0)))
     where: blocks.Where = {"l": layers}
@@ -288,7 +288,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         *collapse(g, _TOP, {}),
         *connections(g, _LAYER, where),
         *attention(g, _LAYER, where),
-        *compression(g, _LAYER, ratios[: layers.stop]),
+        *compression(g, _LAYER, ratios),
         *mixture(g, _LAYER, where, hashed),
     ]
     return rules, drafts(g)
@@ -350,13 +350,14 @@ def hub_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             "heavily_compressed_attention": 128,
         }
         known |= rates if isinstance(rates, Mapping) else {}
-        found["compress_ratios"] = [known.get(kind) for kind in types]
+        found["compress_ratios"] = [known.get(kind) if isinstance(kind, str) else kind for kind in types]
     mlps = config.get("mlp_layer_types")
     if config.get("num_hash_layers") is None and isinstance(mlps, list):
         found["num_hash_layers"] = mlps.count("hash_moe")
     part, size = config.get("partial_rotary_factor"), config.get("head_dim")
     if config.get("qk_rope_head_dim") is None and isinstance(part, float) and isinstance(size, int):
-        found["qk_rope_head_dim"] = int(part * size)
+        # Not a number and infinity, which JSON readers let through, are no part.
+        found["qk_rope_head_dim"] = int(part * size) if 0 < part <= 1 else None
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or not isinstance(rope.get("compress"), Mapping):
         return {**found, **blocks.flat_rope(config)}
@@ -373,14 +374,16 @@ def hub_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Return what the class does not compute, or computes otherwise than transformers."""
     keys = {**config, **hub_keys(config)}
-    scaling, mlps = keys.get("rope_scaling") or {}, config.get("mlp_layer_types") or []
-    hashed = keys.get("num_hash_layers")
+    scaling, mlps = keys.get("rope_scaling"), config.get("mlp_layer_types")
+    scaling = scaling if isinstance(scaling, Mapping) else {}
+    count = keys.get("num_hash_layers")
+    scored = mlps[count:] if isinstance(mlps, list) and isinstance(count, int) else []
     found = {
         "scores other than sqrtsoftplus": keys.get("scoring_func", "sqrtsoftplus") != "sqrtsoftplus",
         "rope other than yarn": blocks.rope_type(scaling) not in ("default", "yarn"),
         "yarn that scales the attention": scaling.get("attention_factor", 1.0) != 1.0,
         "a tied output head": bool(keys.get("tie_word_embeddings")),
-        "layers that hash tokens after others": isinstance(hashed, int) and "hash_moe" in mlps[hashed:],
+        "layers that hash tokens after others": "hash_moe" in scored,
     }
     return [
         Problem("config.json", "the class for DeepSeek V4 computes something else", "no such thing", what)

@@ -33,13 +33,16 @@ def drafter(shapes: Shapes) -> blocks.Family | None:
 
     Raises CheckpointError for layers that mlx-vlm has no drafter for.
     """
-    layers = sorted({int(name.split(".")[1]) for name in shapes if name.startswith(PREFIX)})
+    numbers = {name.split(".")[1] for name in shapes if name.startswith(PREFIX)}
+    layers = sorted({int(number) for number in numbers if number.isdecimal()})
     if not layers:
         return None
     if "mtp.0.main_proj.weight" in shapes:
         # Two sizes that config.json does not say for certain.
-        wide = shapes["mtp.0.main_proj.weight"][-1]
-        rank = shapes.get(f"mtp.{layers[-1]}.markov_head.markov_w1.weight", (1,))[-1]
+        wide, rank = (
+            (shapes.get(name) or (1,))[-1]
+            for name in ("mtp.0.main_proj.weight", f"mtp.{layers[-1]}.markov_head.markov_w1.weight")
+        )
         kind, build = "dspark", partial(_dspark, wide=wide, rank=rank, count=len(layers))
     elif len(layers) == 1:
         kind, build, rank = "mtp", partial(_mtp, layer=layers[0]), None
@@ -112,9 +115,14 @@ def _config(config: Mapping[str, Any], count: int, rank: int | None) -> dict[str
 
 def _refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Refuse a config that does not say how the stages draft."""
-    keys = ("dspark_block_size", "dspark_target_layer_ids", "dspark_noise_token_id")
+    kinds = {"dspark_block_size": int, "dspark_target_layer_ids": list, "dspark_noise_token_id": int}
     return [
-        Problem("config.json", f"{key} is missing", "how the DSpark stages in mtp draft", "no such key")
-        for key in keys
-        if config.get(key) is None
+        Problem(
+            "config.json",
+            f"{key} cannot be used",
+            "how the DSpark stages in mtp draft",
+            repr(config[key])[:80] if key in config else "no such key",
+        )
+        for key, kind in kinds.items()
+        if not isinstance(config.get(key), kind)
     ]
