@@ -76,7 +76,7 @@ def identity(plan: Plan, device: str) -> dict[str, Any]:
         "output": {
             "config_sha256": _sha256(_json(plan.config)),
             "added": {name: _sha256(text.encode()) for name, text in plan.added.items()},
-            "copied": sorted(file.name for file in plan.checkpoint.companions),
+            "copied": sorted(file.name for file in plan.copied),
             "files": {file.name: _sha256(file.layout.header) for file in plan.files},
         },
     }
@@ -467,7 +467,7 @@ class Output:
             path = self.folder / file.name
             if partial_path(path).exists():
                 partial_path(path).rename(path)
-        for companion in self._plan.checkpoint.companions:
+        for companion in self._plan.copied:
             partial = partial_path(self.folder / companion.name)
             partial.unlink(missing_ok=True)
             copy(companion, partial)
@@ -480,7 +480,7 @@ class Output:
         beside = [
             "config.json",
             *sorted(self._plan.added),
-            *sorted(file.name for file in self._plan.checkpoint.companions),
+            *sorted(file.name for file in self._plan.copied),
         ]
         files = {file.name: (self.folder / file.name, sealed.get(file.name)) for file in self._plan.files}
         files |= {name: (self.folder / name, None) for name in beside} | {INDEX: (index, None)}

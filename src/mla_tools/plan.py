@@ -40,6 +40,7 @@ from mla_tools.errors import (
     fold_names,
 )
 from mla_tools.files.checkpoint import Checkpoint
+from mla_tools.files.place import File
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.ops import Indices, Op, Same
 from mla_tools.precision import expected_error
@@ -301,6 +302,11 @@ class Plan:
         """The tensors that mlx-lm's class must declare as parameters, with their shapes."""
         written = {name: spec.shape for file in self.files for name, spec in file.tensors.items()}
         return {name: shape for name, shape in written.items() if name not in self.images}
+
+    @property
+    def copied(self) -> tuple[File, ...]:
+        """The files of the source that go beside the weights as they are."""
+        return tuple(file for file in self.checkpoint.companions if file.name not in self.added)
 
     @property
     def added(self) -> dict[str, str]:
@@ -1095,9 +1101,12 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
     """Return the config.json that mlx-lm reads the output with, keys sorted as mlx-lm writes them."""
     new = copy.deepcopy(made.family.rewritten(config))
     old = new.pop("quantization", None)
-    # With model_file, mlx_lm.load would run that file of the checkpoint: no output of ours asks for it.
-    for key in ("quantization_config", "_name_or_path", "model_file"):
+    for key in ("quantization_config", "_name_or_path"):
         new.pop(key, None)
+    if not made.family.runtime:
+        # With model_file, mlx_lm.load would run that file of the checkpoint; the only one that an output
+        # asks for is ours.
+        new.pop("model_file", None)
     if not options.keep_vision:
         # With this key some readers would look for the modules that are left out.
         new.pop("vision_config", None)

@@ -180,7 +180,7 @@ def plan_json(plan: Plan, workload: Workload) -> dict[str, Any]:
         ],
         "dropped": [{"name": drop.source.name, "reason": drop.reason} for drop in plan.drops],
         "files": [{"name": file.name, "bytes": file.layout.size} for file in plan.files],
-        "copied_files": [file.name for file in plan.checkpoint.companions],
+        "copied_files": [file.name for file in plan.copied],
         "added_files": list(plan.added),
         "bytes": plan.nbytes,
         "parameters": plan.parameters,
