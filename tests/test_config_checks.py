@@ -121,9 +121,9 @@ def test_decoding_leaves_no_module_quantized_and_the_result_loads(family: str, t
     halves = [path for path in halves if path.endswith(("embed_q", "unembed_out"))]
     both = ["--q-override", "embed_q|unembed_out=4,32"] if halves else []
     convert(tmp_path / "source", tmp_path / "packed", "-q", *both)
-    packed = dict(load_model(tmp_path / "packed", lazy=True)[0].named_modules())
+    packed = dict(load_model(tmp_path / "packed", lazy=True, trust_remote_code=True)[0].named_modules())
     convert(tmp_path / "packed", tmp_path / "out", "-d")
-    model, config = load_model(tmp_path / "out", lazy=True)
+    model, config = load_model(tmp_path / "out", lazy=True, trust_remote_code=True)
     assert not [name for name, _ in tree_flatten(model.parameters()) if name.endswith(".scales")]
     assert "quantization" not in config
     modules = dict(model.named_modules())

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mla_tools.architectures import family_of
+from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.place import LocalFile
@@ -37,8 +37,8 @@ def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
     """Return the parameters that the class for a config declares, by name with their shapes.
 
     No file that a config names is run for it. `stored` are the tensors of the output: as in
-    `mlx_lm.load`, a module is quantized if its scales
-    are among them. Raises whatever mlx-lm raises for a config that it cannot build.
+    `mlx_lm.load`, a module is quantized if its scales are among them. Raises
+    whatever mlx-lm raises for a config that it cannot build.
     """
     import mlx.core as mx
     from mlx.nn.layers.quantized import quantize
@@ -71,10 +71,11 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the Model and ModelArgs for a config: mlx-lm's, or ours where mlx-lm has none."""
     from mlx_lm.utils import _get_classes
 
-    if "model_file" not in config or not (runtime := family_of(config).runtime):
+    family = MODEL_TYPES.get(config["model_type"])
+    if family is None or not family.runtime:
         found: tuple[Any, Any] = _get_classes(dict(config))
         return found
-    module = import_module(f"mla_tools.models.{runtime}")
+    module = import_module(f"mla_tools.models.{family.runtime}")
     return module.Model, module.ModelArgs
 
 
