@@ -18,8 +18,10 @@ PICTURE: dict[str, set[str]] = {
     "__init__": {"mla", "quantization", "sanitize"},
     "cli": {
         "architectures",
+        "distributed",
         "execute",
         "files",
+        "output",
         "plan",
         "quantization",
         "report",
@@ -29,7 +31,8 @@ PICTURE: dict[str, set[str]] = {
     },
     "report": {"files", "plan", "rules"},
     "sanitize": {"architectures", "execute", "ops", "plan", "spec"},
-    "execute": {"codecs", "files", "ops", "plan", "spec"},
+    "execute": {"codecs", "distributed", "files", "ops", "output", "plan", "spec"},
+    "output": {"distributed", "files", "plan"},
     "plan": {"architectures", "codecs", "files", "ops", "precision", "quantization", "rules", "spec"},
     "precision": {"quantization", "spec"},
     "sample": {"architectures", "codecs", "files", "rules", "spec"},
@@ -43,6 +46,7 @@ PICTURE: dict[str, set[str]] = {
     "encoders": set(),
     "spec": set(),
     "verify": set(),
+    "distributed": set(),
     "errors": set(),
 }
 
