@@ -299,9 +299,10 @@ def test_a_failing_writer_leaves_a_folder_to_go_on_with(
             raise error
         return original(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(kind) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(Writer, method, fail)
-        execute(plan, tmp_path / "out")
+        with pytest.raises(kind) as caught:
+            execute(plan, tmp_path / "out")
     if isinstance(error, OSError):
         assert str(caught.value) == f"{tmp_path / 'out'} cannot be written: No space left on device"
         assert caught.value.__notes__ == [
@@ -339,8 +340,8 @@ def test_what_is_done_is_not_done_again(plan: Plan, tmp_path: Path) -> None:
     after: list[int] = []
     execute(plan, tmp_path / "out", resume=True, progress=after.append)
     assert sum(after) == plan.nbytes
-    # Only of the tensors that were under way, which a stack keeps for long, something is lost.
-    assert after[0] > plan.nbytes // 4
+    # What is lost is that of the tensors under way: stacks, whose experts lie far apart.
+    assert after[0] > plan.nbytes // 10
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "broken_link"])

@@ -613,14 +613,16 @@ class Output:
 
     def close(self) -> None:
         """Let go of the folder; what is unfinished stays so, with as much done as can be kept."""
-        with suppress(MlaToolsError, OSError):
-            self._look(wait=True)  # a disk that failed is not believed when it says later that all is well
-            self._checkpoint()
-            self._look(wait=True)
-        self._keeper.shutdown()
-        for writer in self._writers.values():
-            writer.suspend()
-        self._journal.close()
+        try:
+            with suppress(MlaToolsError, OSError):
+                self._look(wait=True)  # a disk that failed once is not believed afterwards
+                self._checkpoint()
+                self._look(wait=True)
+        finally:
+            self._keeper.shutdown()
+            for writer in self._writers.values():
+                writer.suspend()
+            self._journal.close()
 
     def __enter__(self) -> Self:
         return self
