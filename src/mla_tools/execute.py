@@ -17,7 +17,7 @@ from mla_tools.errors import MlaToolsError
 from mla_tools.files.place import Bytes
 from mla_tools.files.safetensors import Reader
 from mla_tools.ops import Slab
-from mla_tools.output import Output, begin, how_to_go_on, identity, together
+from mla_tools.output import Journal, Output, begin, how_to_go_on, identity, together
 from mla_tools.plan import Plan, Source, Step, Workload
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def execute(
     with ExitStack() as stack:
 
         def work() -> Output:
-            output = stack.enter_context(Output(plan, folder, told, group))
+            journal = stack.enter_context(Journal(folder, group.rank, told))
+            output = stack.enter_context(Output(plan, folder, told, group, journal))
             progress(output.done_bytes)
             _run(plan, output, workload, device, progress)
             output.complete()

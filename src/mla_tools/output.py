@@ -35,6 +35,7 @@ __all__ = [
     "INDEX",
     "JOURNALS",
     "RECORD",
+    "Journal",
     "Output",
     "begin",
     "check_output",
@@ -504,19 +505,21 @@ def _runs(numbers: Iterable[int]) -> list[list[int]]:
 class Output:
     """The folder of a conversion under way: where its tensors go, and what of them is done.
 
+    The journal is this process's own, open, so that nobody else writes what is read here.
     Targets are counted through the steps of the plan. `write` may be called by any thread, everything
     else by one.
     """
 
-    def __init__(self, plan: Plan, folder: Path, told: Mapping[str, Any], group: Group) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, told: Mapping[str, Any], group: Group, journal: Journal
+    ) -> None:
         self._plan, self.folder, self._told = plan, folder, told
         owners = shares([file.layout.size for file in plan.files], group.size)
         self._files: dict[str, OutputFile] = {
             file.name: file for file, rank in zip(plan.files, owners, strict=True) if rank == group.rank
         }
         self._homes = {name: file for file in self._files.values() for name in file.tensors}
-        # Before anything is read: what another process may write now says nothing.
-        self._journal = Journal(folder, group.rank, told)
+        self._journal = journal
         state = _State.of(folder)
         self._sealed = set(state.sealed) & self._files.keys()
         self._targets = [target for step in plan.steps for target in step.targets]
@@ -622,7 +625,6 @@ class Output:
             self._keeper.shutdown()
             for writer in self._writers.values():
                 writer.suspend()
-            self._journal.close()
 
     def __enter__(self) -> Self:
         return self
