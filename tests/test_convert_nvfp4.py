@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 
 import mla_tools
-from mla_tools import execute, plan
+from mla_tools import plan
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.codecs import Module, bundle
 from mla_tools.codecs.mlx_quantized import NEUTRAL, MlxQuantized
+from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import Source, Step
+from mla_tools.plan import Source, Step, Workload
 from mla_tools.quantization import QuantSpec
 from mla_tools.sample import write_checkpoint, write_sample
 from mla_tools.spec import DType, Spec
@@ -166,12 +167,11 @@ def test_experts_that_are_wanted_in_floats_are_not_said_to_have_no_place(
 
 @pytest.mark.parametrize("rows", [7, 64, 1000])
 def test_slabs_that_end_within_an_expert_write_its_scale_once(
-    rows: int, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, sample: Sample, tmp_path: Path
 ) -> None:
     source = sample("deepseek_v3", "modelopt-nvfp4")
-    convert(source, tmp_path / "whole")
-    monkeypatch.setattr(execute, "SLAB_ELEMENTS", rows * 256)
-    convert(source, tmp_path / "cut")
+    made = convert(source, tmp_path / "whole")
+    execute(made, tmp_path / "cut", workload=Workload(2, rows * 256, 10**9))
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
 

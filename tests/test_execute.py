@@ -1,4 +1,4 @@
-"""From a plan to files: the same bytes however it is cut, and nothing left behind when it fails."""
+"""From a plan to files: the same bytes however it is cut, and a folder to go on with when it fails."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mla_tools import execute as execute_module
+from mla_tools import output as output_module
 from mla_tools import plan as plan_module
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import MlaToolsError
-from mla_tools.execute import check_output, execute
+from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.files.safetensors import Writer, read_header
-from mla_tools.plan import Options, Plan, make_plan
+from mla_tools.files.safetensors import Reader, Writer, read_header
+from mla_tools.output import INDEX, JOURNALS, RECORD, check_output
+from mla_tools.plan import Options, Plan, Workload, make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.sample import write_sample
 
@@ -46,7 +47,6 @@ TINY = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 24,
 }
-INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def use_slabs_of(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(plan_module, "SLAB_ELEMENTS", elements)
-    monkeypatch.setattr(execute_module, "SLAB_ELEMENTS", elements)
+def slabs_of(elements: int, threads: int = 2) -> Workload:
+    return Workload(threads, elements, 10**9)
+
+
+def go_on(source: Path, out: Path, tmp_path: Path) -> None:
+    """Go on with an unfinished folder, and compare with one that was never interrupted."""
+    assert is_visibly_unfinished(out)
+    made = make_plan(open_checkpoint(source), Options())
+    with pytest.raises(MlaToolsError, match="is an unfinished output: go on with --resume"):
+        execute(made, out)
+    assert execute(made, out, resume=True)
+    execute(made, tmp_path / "at_once")
+    assert contents(out) == contents(tmp_path / "at_once")
+
+
+def is_visibly_unfinished(out: Path) -> bool:
+    """Return whether a folder has a journal, and nothing that any program takes for a model."""
+    names = [path.name for path in out.iterdir()]
+    models = [name for name in names if name.endswith((".safetensors", ".json"))]
+    return bool([*out.glob(JOURNALS)]) and not models
 
 
 # --- the same bytes ----------------------------------------------------------------------------------
@@ -87,16 +104,17 @@ def test_the_bytes_do_not_depend_on_slabs_or_chance(
     options: str,
     samples: Callable[[str, str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = make_plan(open_checkpoint(samples(family, fmt)), OPTIONS[options])
     execute(made, tmp_path / "one")
     execute(made, tmp_path / "two")
     whole = contents(tmp_path / "one")
     assert contents(tmp_path / "two") == whole
-    use_slabs_of(monkeypatch, 3000)  # some rows of a matrix, and less than a head of kv_b_proj
-    execute(make_plan(open_checkpoint(samples(family, fmt)), OPTIONS[options]), tmp_path / "cut")
-    assert contents(tmp_path / "cut") == whole
+    # Some rows of a matrix, and less than a head of kv_b_proj.
+    for threads in (1, 5):
+        out = tmp_path / f"cut for {threads}"
+        execute(made, out, workload=slabs_of(3000, threads))
+        assert contents(out) == whole
 
 
 @pytest.mark.parametrize("elements", [1, 128 * 256])
@@ -109,23 +127,28 @@ def test_slabs_of_one_row_and_of_a_block(
     tiny = replace(family, sample={**family.sample, **TINY})
     monkeypatch.setitem(MODEL_TYPES, "deepseek_v3", tiny)
     write_sample("deepseek_v3", tmp_path / "tiny", fmt)
-    execute(make_plan(open_checkpoint(tmp_path / "tiny"), Options()), tmp_path / "whole")
-    use_slabs_of(monkeypatch, elements)
-    execute(make_plan(open_checkpoint(tmp_path / "tiny"), Options()), tmp_path / "cut")
+    made = make_plan(open_checkpoint(tmp_path / "tiny"), Options())
+    execute(made, tmp_path / "whole")
+    execute(made, tmp_path / "cut", workload=slabs_of(elements))
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_the_memory_told_beforehand_is_that_of_the_slabs(
-    samples: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+def test_data_is_read_in_the_order_in_which_it_lies(
+    samples: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peaks = []
-    for elements in (1, 3000, 30_000, 1 << 30):
-        use_slabs_of(monkeypatch, elements)
-        made = make_plan(open_checkpoint(samples("deepseek_v3", "fp8")), Options())
-        peaks.append(made.peak_bytes(2))
-        assert made.peak_bytes(2) == 2 * made.peak_bytes(1)
-    assert peaks == sorted(peaks)
-    assert peaks[0] < peaks[-1]
+    reads: list[tuple[str, int]] = []
+    read = Reader.read
+
+    def noted(self: Reader, file: Any, offset: int, nbytes: int, into: Any = None) -> Any:
+        reads.append((file.name, offset))
+        return read(self, file, offset, nbytes, into)
+
+    monkeypatch.setattr(Reader, "read", noted)
+    # Dense tensors, each read by a slab of its own; fused tensors and stacks of experts among them.
+    made = make_plan(open_checkpoint(samples("deepseek_v3", "bf16")), Options())
+    execute(made, tmp_path / "out", workload=slabs_of(3000, threads=1))
+    assert len(reads) > 100
+    assert reads == sorted(reads)
 
 
 # --- what is in the folder ---------------------------------------------------------------------------
@@ -145,7 +168,7 @@ def test_the_folder_is_complete_and_says_so(
     assert (len(weights) == 1) == (shard_bytes > 1 << 20)
     companions = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert [path.name for path in sorted(out.iterdir())] == sorted(
-        [*weights, *companions, "config.json", INDEX]
+        [*weights, *companions, "config.json", INDEX, RECORD]
     )
     for name in companions:
         assert (out / name).read_bytes() == (source / name).read_bytes()
@@ -187,7 +210,9 @@ class DisagreementError(Exception):
     pass
 
 
-def test_a_manifest_that_disagrees_leaves_no_folder(plan: Plan, tmp_path: Path) -> None:
+def test_a_manifest_that_disagrees_leaves_no_model(
+    plan: Plan, samples: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     seen = []
 
@@ -200,10 +225,10 @@ def test_a_manifest_that_disagrees_leaves_no_folder(plan: Plan, tmp_path: Path) 
     # Until it agrees, nothing has the name of a model's file.
     assert seen
     assert not [name for name in seen if name.endswith((".safetensors", ".json"))]
-    assert not out.exists()
+    go_on(samples("deepseek_v3", "bf16"), out, tmp_path)
 
 
-def test_a_source_cut_short_after_planning_is_named_and_leaves_no_folder(
+def test_a_source_cut_short_after_planning_is_named_and_when_it_is_back_the_output_is_made(
     samples: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -214,10 +239,11 @@ def test_a_source_cut_short_after_planning_is_named_and_leaves_no_folder(
         file.truncate(shard.stat().st_size // 2)
     with pytest.raises(MlaToolsError, match=shard.name):
         execute(made, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    shutil.copy(samples("deepseek_v3", "bf16") / shard.name, shard)
+    go_on(source, tmp_path / "out", tmp_path)
 
 
-def test_a_source_gone_after_planning_is_named_and_leaves_no_folder(
+def test_a_source_gone_after_planning_is_named_and_when_it_is_back_the_output_is_made(
     samples: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -227,10 +253,11 @@ def test_a_source_gone_after_planning_is_named_and_leaves_no_folder(
     shard.unlink()
     with pytest.raises(MlaToolsError, match=shard.name):
         execute(made, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    shutil.copy(samples("deepseek_v3", "bf16") / shard.name, shard)
+    go_on(source, tmp_path / "out", tmp_path)
 
 
-def test_a_companion_gone_after_planning_leaves_no_folder(
+def test_a_companion_gone_after_planning_is_named_and_when_it_is_back_the_output_is_made(
     samples: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -239,7 +266,8 @@ def test_a_companion_gone_after_planning_leaves_no_folder(
     (source / "tokenizer.json").unlink()
     with pytest.raises(MlaToolsError, match=r"tokenizer\.json"):
         execute(made, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    shutil.copy(samples("deepseek_v3", "bf16") / "tokenizer.json", source)
+    go_on(source, tmp_path / "out", tmp_path)
 
 
 FAILURES: list[Any] = [
@@ -251,34 +279,41 @@ FAILURES: list[Any] = [
 
 
 @pytest.mark.parametrize(("error", "kind"), FAILURES)
-@pytest.mark.parametrize("method", ["write", "finish"])
-def test_a_failing_writer_leaves_no_folder(
+@pytest.mark.parametrize("method", ["write", "sync", "seal"])
+def test_a_failing_writer_leaves_a_folder_to_go_on_with(
     method: str,
     error: BaseException,
     kind: type[BaseException],
     plan: Plan,
+    samples: Callable[[str, str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(output_module, "CHECKPOINT_BYTES", 1)
     calls = []
     original = getattr(Writer, method)
 
-    def fail(self: Writer, *args: Any) -> None:
+    def fail(self: Writer, *args: Any) -> Any:
         calls.append(args)
-        if method == "finish" or len(calls) == 20:
+        if method == "seal" or len(calls) == 20:
             raise error
-        original(self, *args)
+        return original(self, *args)
 
-    monkeypatch.setattr(Writer, method, fail)
-    with pytest.raises(kind) as caught:
-        execute(plan, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, method, fail)
+        with pytest.raises(kind) as caught:
+            execute(plan, tmp_path / "out")
     if isinstance(error, OSError):
-        assert "No space left on device" in str(caught.value)
-        assert str(tmp_path / "out") in str(caught.value)
+        assert str(caught.value) == f"{tmp_path / 'out'} cannot be written: No space left on device"
+        assert caught.value.__notes__ == [
+            f"{tmp_path / 'out'} is unfinished: run the same command with --resume to go on"
+        ]
+    go_on(samples("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
 
 
-def test_an_interruption_between_two_slabs_leaves_no_folder(plan: Plan, tmp_path: Path) -> None:
+def test_an_interruption_between_two_slabs_leaves_a_folder_to_go_on_with(
+    plan: Plan, samples: Callable[[str, str], Path], tmp_path: Path
+) -> None:
     calls: list[int] = []
 
     def interrupt(nbytes: int) -> None:
@@ -289,18 +324,24 @@ def test_an_interruption_between_two_slabs_leaves_no_folder(plan: Plan, tmp_path
     with pytest.raises(KeyboardInterrupt):
         execute(plan, tmp_path / "out", progress=interrupt)
     assert len(calls) == 5
-    assert list(tmp_path.iterdir()) == []
+    go_on(samples("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
 
 
-def test_after_a_failure_the_same_plan_can_be_executed(plan: Plan, tmp_path: Path) -> None:
-    def fail() -> None:
-        raise DisagreementError
+def test_what_is_done_is_not_done_again(plan: Plan, tmp_path: Path) -> None:
+    before: list[int] = []
 
-    with pytest.raises(DisagreementError):
-        execute(plan, tmp_path / "out", agrees=fail)
-    execute(plan, tmp_path / "out")
-    execute(plan, tmp_path / "other")
-    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+    def interrupt(nbytes: int) -> None:
+        before.append(nbytes)
+        if sum(before) > plan.nbytes // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "out", workload=slabs_of(3000, threads=1), progress=interrupt)
+    after: list[int] = []
+    execute(plan, tmp_path / "out", resume=True, progress=after.append)
+    assert sum(after) == plan.nbytes
+    # What is lost is that of the tensors under way: stacks, whose experts lie far apart.
+    assert after[0] > plan.nbytes // 10
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "broken_link"])
@@ -315,10 +356,12 @@ def test_what_exists_is_refused_and_left_alone(kind: str, plan: Plan, tmp_path: 
         out.symlink_to(there)
         if kind == "link":
             there.mkdir()
-    with pytest.raises(MlaToolsError, match="already exists"):
-        check_output(out)
-    with pytest.raises(MlaToolsError, match="already exists"):
-        execute(plan, out)
+            (there / "mine.txt").write_text("precious")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(MlaToolsError, match="already exists"):
+            check_output(out, **flags)
+        with pytest.raises(MlaToolsError, match="already exists"):
+            execute(plan, out, **flags)
     if kind == "folder":
         assert contents(out) == {"mine.txt": b"precious"}
     elif kind == "file":

@@ -18,8 +18,10 @@ PICTURE: dict[str, set[str]] = {
     "__init__": {"mla", "quantization", "sanitize"},
     "cli": {
         "architectures",
+        "distributed",
         "execute",
         "files",
+        "output",
         "plan",
         "quantization",
         "report",
@@ -29,7 +31,8 @@ PICTURE: dict[str, set[str]] = {
     },
     "report": {"files", "plan", "rules"},
     "sanitize": {"architectures", "execute", "ops", "plan", "spec"},
-    "execute": {"codecs", "files", "ops", "plan", "spec"},
+    "execute": {"codecs", "distributed", "files", "ops", "output", "plan", "spec"},
+    "output": {"distributed", "files", "plan"},
     "plan": {"architectures", "codecs", "files", "ops", "precision", "quantization", "rules", "spec"},
     "precision": {"quantization", "spec"},
     "sample": {"architectures", "codecs", "files", "ops", "rules", "spec"},
@@ -43,7 +46,8 @@ PICTURE: dict[str, set[str]] = {
     "encoders": set(),
     "models": set(),
     "spec": set(),
-    "verify": {"architectures"},
+    "verify": {"architectures", "files", "output"},
+    "distributed": set(),
     "errors": set(),
 }
 

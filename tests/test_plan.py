@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,11 +23,11 @@ from mla_tools import plan as planning
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.cli import options_of, parser
 from mla_tools.codecs import Codec, MlxQuantized
-from mla_tools.errors import UsageError
+from mla_tools.errors import MlaToolsError, UsageError
 from mla_tools.execute import transform
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.ops import Slab
-from mla_tools.plan import SLAB_ELEMENTS, Options, Plan, Step, make_plan, make_steps
+from mla_tools.plan import Options, Plan, Step, Workload, make_plan, make_steps
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_json
 from mla_tools.sample import write_sample
@@ -237,8 +238,16 @@ def test_layer_10_comes_after_layer_9() -> None:
 # --- memory ------------------------------------------------------------------------------------------
 
 
-def slabs(step: Step) -> list[Slab]:
-    return list(step.op.slabs([source.spec for source in step.sources], SLAB_ELEMENTS))
+ENOUGH = 1 << 40
+
+
+def slabs(step: Step, work: Workload) -> list[Slab]:
+    return list(step.op.slabs([source.spec for source in step.sources], work.slab_elements))
+
+
+def base_of(plan: Plan) -> int:
+    """Return the bytes that a plan takes without any slab."""
+    return replace(plan, steps=()).workload(ENOUGH).peak_bytes
 
 
 def in_and_out(step: Step, slab: Slab) -> int:
@@ -265,29 +274,56 @@ def rows_bytes(codec: Codec, spec: Spec, start: int, stop: int) -> int:
 @pytest.mark.parametrize(("family", "flags"), CASES)
 def test_no_slab_holds_more_than_the_peak(family: str, flags: str) -> None:
     plan = plan_of(family, flags)
-    peak = plan.peak_bytes(1)
-    assert all(in_and_out(step, slab) <= peak for step in plan.steps for slab in slabs(step))
-    assert [plan.peak_bytes(threads) for threads in (2, 3, 8)] == [2 * peak, 3 * peak, 8 * peak]
+    work = plan.workload(ENOUGH, threads=1)
+    peak = work.peak_bytes - base_of(plan)
+    assert all(in_and_out(step, slab) <= peak for step in plan.steps for slab in slabs(step, work))
+    for threads in (2, 3, 8):
+        more = plan.workload(ENOUGH, threads)
+        assert more == Workload(threads, work.slab_elements, base_of(plan) + threads * peak)
+
+
+@pytest.mark.parametrize(("family", "flags"), CASES)
+def test_a_budget_is_kept_until_nothing_smaller_works(family: str, flags: str) -> None:
+    plan = plan_of(family, flags)
+    most = plan.workload(ENOUGH, threads=4)
+    budget, seen = most.peak_bytes, [most]
+    while True:
+        try:
+            work = plan.workload(budget, threads=4)
+        except MlaToolsError as error:
+            least = int(re.search(r"the least is --max-memory (\d+)MB", str(error))[1]) * 10**6
+            break
+        assert work.peak_bytes <= budget
+        seen.append(work)
+        budget = work.peak_bytes - 1
+    # What the refusal names is enough, and a megabyte less is not.
+    assert seen[-1].peak_bytes <= plan.workload(least, threads=4).peak_bytes <= least
+    with pytest.raises(MlaToolsError, match="the least is"):
+        plan.workload(least - 10**6, threads=4)
+    # Neither more threads nor larger slabs come with less memory.
+    assert [work.threads for work in seen] == sorted((work.threads for work in seen), reverse=True)
+    assert seen[-1].threads == 1
 
 
 @pytest.mark.parametrize("quantize", [None, QuantSpec()], ids=["default", "affine"])
 @pytest.mark.parametrize("name", ["deepseek_v32", "kimi_linear", "longcat_flash"])
 def test_the_peak_of_a_large_model_is_that_of_a_slab(name: str, quantize: QuantSpec | None) -> None:
     plan = make_plan(checkpoint(name), Options(quantize=quantize))
-    peak = plan.peak_bytes(1)
+    work = plan.workload(ENOUGH, threads=1)
+    peak = work.peak_bytes - base_of(plan)
     # A hundredth of the smallest of these models, and less than a layer of it.
-    assert SLAB_ELEMENTS < peak < 200_000_000
+    assert work.slab_elements < peak < 200_000_000
     largest: dict[str, Step] = {}
     for step in plan.steps:
         largest.setdefault(f"{step.op} {step.sources[0].spec} {step.targets[0].codec}", step)
-    assert all(in_and_out(step, slab) <= peak for step in largest.values() for slab in slabs(step))
+    assert all(in_and_out(step, slab) <= peak for step in largest.values() for slab in slabs(step, work))
 
 
-def measured(step: Step) -> int:
+def measured(step: Step, work: Workload) -> int:
     """Return the bytes that the slabs of a step take at most: what MLX says, and numpy's own copy of
     what is read."""
     worst = 0
-    for slab in slabs(step):
+    for slab in slabs(step, work):
         parts = []
         for read in slab.reads:
             source = step.sources[read.index]
@@ -316,7 +352,8 @@ def test_mlx_takes_no_more_than_the_peak(fmt: str, flags: str) -> None:
     for step in plan.steps:
         # Of small tensors, MLX's own bookkeeping is the larger part.
         if sum(source.spec.size for source in step.sources) >= 1 << 15:
-            assert measured(step) <= replace(plan, steps=(step,)).peak_bytes(1), step.targets[0].name
+            work = replace(plan, steps=(step,)).workload(ENOUGH, threads=1)
+            assert measured(step, work) <= work.peak_bytes - base_of(plan), step.targets[0].name
 
 
 # --- exactness ---------------------------------------------------------------------------------------
@@ -507,7 +544,7 @@ def test_the_plan_tells_what_embed_q_costs(packed_kv_b: Path) -> None:
     assert cost.error_as_float < cost.error < cost.error_as_source
     (note,) = [note for note in plan.notes if "K half" in note]
     assert "expected error of K: about 0.0079 of its norm (source: 0.092, float: 0.0045)" in note
-    (said,) = plan_json(plan, 1)["embed_q"]
+    (said,) = plan_json(plan, plan.workload())["embed_q"]
     assert said["error"] == cost.error
     assert planned(packed_kv_b, "-d").embed_q_costs[0].after == "bf16"
 

@@ -19,7 +19,7 @@ from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
-from mla_tools.output import check_output
+from mla_tools.output import check_output, how_to_go_on, is_unfinished
 from mla_tools.plan import (
     MAX_MEMORY,
     THREADS,
@@ -55,8 +55,10 @@ Turn downloaded checkpoints of MLA models into ones that run on MLX.
 """
 
 _EPILOG = """\
-exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage
+exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage, 130 interrupted
 """
+
+_INTERRUPTED = "interrupted; nothing was written"
 
 _CONVERT = """\
 Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
@@ -85,7 +87,7 @@ encoded then.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 checkpoint or result wrong, 2 usage."""
+    """Run the command and return its exit code: 0 done, 1 checkpoint or result wrong, 2 usage, 130 Ctrl-C."""
     try:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what it had to say
@@ -96,10 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlaToolsError as error:
         if args.json:
             print(json.dumps(report.error_json(error), indent=2))
-        _say(f"error: {error}")
+        _say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted; nothing was written")
+        _say(_INTERRUPTED)
         return 130
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -169,10 +171,7 @@ def _interruptible(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if out.is_dir():
-            _say(f"interrupted; {out} is unfinished: run the same command with --resume to go on")
-        else:
-            _say("interrupted; nothing was written")
+        _say(f"interrupted; {how_to_go_on(out)}" if is_unfinished(out) else _INTERRUPTED)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -6,7 +6,7 @@ import heapq
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,7 @@ from mla_tools.errors import MlaToolsError
 from mla_tools.files.place import Bytes
 from mla_tools.files.safetensors import Reader
 from mla_tools.ops import Slab
-from mla_tools.output import Output, begin, is_complete
+from mla_tools.output import Journal, Output, begin, how_to_go_on, identity, together
 from mla_tools.plan import Plan, Source, Step, Workload
 
 if TYPE_CHECKING:
@@ -116,37 +116,39 @@ def execute(
     default); `group` are the processes that share the work. `resume` goes on with an unfinished folder of
     the same plan, `overwrite` replaces a folder that this tool made. `progress` is called with the number
     of bytes just written. `agrees` is called when all tensors are written and raises if the output must
-    not be completed. Whatever goes wrong after the first byte, the folder is left visibly unfinished.
+    not be completed. Whatever goes wrong after the first byte, the folder is left visibly unfinished, and
+    the error has a note that says how to go on.
     """
     group = group or Alone()
     workload = workload or plan.workload()
     device = _use(device)
-    if resume and folder.is_dir() and is_complete(folder, plan, device):
+    told = identity(plan, device)
+    if not begin(plan, folder, told, group, resume=resume, overwrite=overwrite):
         return False
-    output = begin(plan, folder, device, group, resume=resume, overwrite=overwrite)
-    try:
-        progress(output.done_bytes)
-        _run(plan, output, workload, progress)
-        output.complete()
-        error = _reason(agrees) if group.rank == 0 else None
-        everyone = group.agree(error is None)
-        if error is not None:
-            raise error
-        if everyone and group.rank == 0:
-            output.publish()
-    except OSError as error:
-        raise MlaToolsError(f"Writing to {folder} failed: {error}") from error
-    finally:
-        output.close()
+    with ExitStack() as stack:
+
+        def work() -> Output:
+            journal = stack.enter_context(Journal(folder, group.rank, told))
+            output = stack.enter_context(Output(plan, folder, told, group, journal))
+            progress(output.done_bytes)
+            _run(plan, output, workload, device, progress)
+            output.complete()
+            if group.rank == 0:
+                agrees()
+            return output
+
+        try:
+            output = together(group, work)
+            if group.rank == 0:
+                output.publish()
+        except OSError as error:
+            fault = MlaToolsError(f"{folder} cannot be written: {error.strerror}")
+            fault.add_note(how_to_go_on(folder))
+            raise fault from error
+        except MlaToolsError as error:
+            error.add_note(how_to_go_on(folder))
+            raise
     return True
-
-
-def _reason(agrees: Callable[[], None]) -> MlaToolsError | None:
-    try:
-        agrees()
-    except MlaToolsError as error:
-        return error
-    return None
 
 
 def _use(device: Device | None) -> Device:
@@ -158,9 +160,10 @@ def _use(device: Device | None) -> Device:
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
-def _run(plan: Plan, output: Output, workload: Workload, progress: Progress) -> None:
+def _run(plan: Plan, output: Output, workload: Workload, device: Device, progress: Progress) -> None:
     import mlx.core as mx
 
+    where = mx.cpu if device == "cpu" else mx.gpu
     mx.set_cache_limit(workload.peak_bytes // _CACHED)
     local = threading.local()
     first_targets, count = [], 0
@@ -175,7 +178,7 @@ def _run(plan: Plan, output: Output, workload: Workload, progress: Progress) -> 
 
     def work(number: int, slab: Slab) -> tuple[int, int]:
         if not hasattr(local, "stream"):
-            local.stream = mx.new_stream(mx.default_device())
+            local.stream = mx.new_stream(where)
             local.arena = _Arena()
         wanted = {target - first_targets[number] for target in todo[number]}
         with mx.stream(local.stream):

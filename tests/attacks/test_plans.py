@@ -142,22 +142,30 @@ def sample(samples: dict[str, Path], tmp_path: Path) -> Bench:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Convert a folder, assert that it is refused without a trace, and return what was said."""
+    """Convert a folder, assert that it is refused without a trace, and return what was said.
 
-    def convert(folder: Path, *flags: str, code: int = 1) -> Refused:
+    `begun`: refused for what only the data shows, which leaves an unfinished output.
+    """
+
+    def convert(folder: Path, *flags: str, code: int = 1, begun: bool = False) -> Refused:
         out = tmp_path / "out"
         argv = ["convert", str(folder), "--mlx-path", str(out), *flags]
         assert main(argv) == code
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith("error: ")
-        assert main([*argv, "--json"]) == code
+        assert main([*argv, "--json", *(["--resume"] if begun else [])]) == code
         again = capsys.readouterr()
         assert again.err == said.err
         told = json.loads(again.out)
-        assert said.err == f"error: {told['error']}\n"
+        advice = f"{out} is unfinished: run the same command with --resume to go on\n" if begun else ""
+        assert said.err == f"error: {told['error']}\n{advice}"
         assert "Traceback" not in said.err
-        assert not out.exists()
+        if begun:
+            made = {path.suffix for path in out.iterdir()}
+            assert made <= {".partial", ".jsonl"}
+        else:
+            assert not out.exists()
         assert code != 1 or len(told["problems"]) == count(said.err)
         for problem in told["problems"]:
             assert problem.keys() == {"subject", "what", "needed", "found", "cause"}
@@ -685,7 +693,7 @@ def test_an_output_that_exists_is_left_alone(
     assert main(["convert", str(samples["bf16"]), "--mlx-path", str(out)]) == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith(f"error: Cannot save to the path {out} as it already exists.")
+    assert said.err.startswith(f"error: Cannot save to the path {out} as it already exists")
     assert sorted(tmp_path.rglob("*")) == before
     assert out.is_symlink() or "mine" in (out / "mine.txt" if out.is_dir() else out).read_text()
 
@@ -771,4 +779,4 @@ def test_a_scale_that_is_no_number(
     old = folder.tensors[name]
     folder.tensors[name] = replace(old, data=old.data[: -len(data)] + data)
     folder.save()
-    refused(folder.path).says(f"error: {module}: {text}", "the checkpoint is damaged")
+    refused(folder.path, begun=True).says(f"error: {module}: {text}", "the checkpoint is damaged")

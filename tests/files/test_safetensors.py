@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -177,7 +180,6 @@ def test_slabs_in_any_order_make_the_same_file(
     with Writer(path, layout(tensors, {})) as writer:
         for name, start, end in slabs:
             writer.write(name, start, data[name][start:end])
-        assert writer.written == 120
         writer.finish()
     made = dict(safetensors.deserialize(path.read_bytes()))
     assert {name: bytes(item["data"]) for name, item in made.items()} == data
@@ -260,7 +262,8 @@ def test_a_write_outside_of_a_tensor_is_refused(
         with pytest.raises(MlaToolsError) as caught:
             writer.write(name, start, bytes(size))
         assert str(caught.value) == text
-        assert writer.written == 0
+        with pytest.raises(MlaToolsError, match=r"a: bytes 0\.\.8 were not written"):
+            writer.finish()
 
 
 EIGHT = layout({"a": Spec((8,), DType.U8)}, {})
@@ -309,6 +312,77 @@ def test_a_second_run_takes_over_and_the_first_cannot_finish(tmp_path: Path) -> 
     assert path.read_bytes().endswith(b"2" * 8)
 
 
+TWO = layout({"a": Spec((8,), DType.U8), "b": Spec((8,), DType.U8)}, {})
+
+
+def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    first = Writer(path, TWO)
+    first.write("a", 0, b"1" * 8)
+    first.write("b", 0, b"2" * 4)
+    first.sync()
+    first.suspend()
+    assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors.partial"]
+    with Writer(path, TWO, {"a"}) as second:
+        with pytest.raises(MlaToolsError, match="closed"):
+            first.write("b", 4, b"2" * 4)
+        second.write("b", 0, b"2" * 8)
+        digest = second.seal()
+    # Sealed, it is complete, and still has its temporary name.
+    assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors.partial"]
+    data = second.partial.read_bytes()
+    assert digest == hashlib.sha256(data).hexdigest()
+    assert data == TWO.header + b"1" * 8 + b"2" * 8
+
+
+@pytest.mark.parametrize("done", [{"a"}, set(), {"a", "b"}], ids=["one", "none", "all"])
+def test_what_is_done_must_not_be_written_again_and_the_rest_must(tmp_path: Path, done: set[str]) -> None:
+    path = tmp_path / "a.safetensors"
+    Writer(path, TWO).suspend()
+    writer = Writer(path, TWO, done)
+    writer.write("a", 0, b"1" * 8)
+    with pytest.raises(MlaToolsError) as caught:
+        writer.seal()
+    assert ("a: bytes 0..8 were written twice" in str(caught.value)) == ("a" in done)
+    assert ("b: bytes 0..8 were not written" in str(caught.value)) == ("b" not in done)
+    assert writer.partial.exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "longer", "another"])
+def test_a_file_that_is_not_the_one_that_was_begun_is_not_gone_on_with(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.safetensors"
+    writer = Writer(path, TWO)
+    writer.suspend()
+    partial = writer.partial
+    if damage == "gone":
+        partial.unlink()
+    elif damage == "another":
+        partial.write_bytes(bytes(TWO.size))
+    else:
+        os.truncate(partial, TWO.size + (1 if damage == "longer" else -1))
+    before = partial.read_bytes() if partial.exists() else None
+    text = "is gone, so it cannot" if damage == "gone" else "is not the file that was begun"
+    with pytest.raises(MlaToolsError, match=f"{text}.*; start again with --overwrite"):
+        Writer(path, TWO, {"a"})
+    assert (partial.read_bytes() if partial.exists() else None) == before
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    Writer(path, TWO).suspend()
+
+    def fail(*args: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        with pytest.raises(MlaToolsError, match="cannot be written: Input/output error"):
+            Writer(path, TWO, {"a"})
+    Writer(path, TWO, {"a"}).suspend()
+
+
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
     """Limit how large a file may become: a stand-in for a full disk.
@@ -334,7 +408,8 @@ def test_a_disk_without_room_is_a_sentence(tmp_path: Path) -> None:
         # The first part of the write still succeeds, and the rest is tried again.
         with pytest.raises(MlaToolsError, match="cannot be written: File too large"), files_up_to(2000):
             writer.write("a", 0, bytes(4000))
-        assert writer.written == 0
+        with pytest.raises(MlaToolsError, match=r"a: bytes 0\.\.4000 were not written"):
+            writer.finish()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -362,7 +362,8 @@ class Writer:
             else:
                 self._go_on(done)
         except OSError as error:
-            self.abort()
+            # What an earlier run wrote must not go, because it could not be opened once.
+            (self.abort if done is None else self.suspend)()
             raise self._failed(error) from error
 
     def _start(self) -> None:

@@ -1,0 +1,806 @@
+"""Output folders: complete or visibly unfinished, and gone on with to the same bytes after anything."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mla_tools import output
+from mla_tools import plan as planning
+from mla_tools.architectures import MODEL_TYPES
+from mla_tools.cli import main
+from mla_tools.errors import MlaToolsError
+from mla_tools.execute import execute
+from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.output import INDEX, JOURNALS, RECORD, identity, is_complete
+from mla_tools.plan import Options, Plan, Workload, make_plan
+from mla_tools.quantization import QuantSpec
+from mla_tools.sample import write_sample
+
+# A model whose conversion takes a tenth of a second, into three files.
+TINY = {
+    "vocab_size": 20,
+    "hidden_size": 144,
+    "intermediate_size": 136,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 2,
+    "num_attention_heads": 3,
+    "kv_lora_rank": 132,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+}
+SHARD_BYTES = 200_000
+
+# The command, with output files and checkpoints of a size that fits the model, and no question to mlx-lm.
+CHILD = f"""
+import sys
+from mla_tools import cli, output, plan, verify
+plan.SHARD_BYTES = {SHARD_BYTES}
+output.CHECKPOINT_BYTES = 1
+output._SMALL_FILES = 0
+class Agrees:
+    def __init__(self, *given): pass
+    def wait(self): pass
+    def cancel(self): pass
+verify.ManifestCheck = Agrees
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = MODEL_TYPES["deepseek_v3"]
+    folder = tmp_path_factory.mktemp("sources") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODEL_TYPES, "deepseek_v3", replace(family, sample={**family.sample, **TINY}))
+        write_sample("deepseek_v3", folder, "bf16")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(output, "CHECKPOINT_BYTES", 1)
+
+
+@pytest.fixture
+def plan(source: Path) -> Plan:
+    return planned(source)
+
+
+def planned(source: Path, **options: Any) -> Plan:
+    return make_plan(open_checkpoint(source), Options(**options))
+
+
+@pytest.fixture(scope="module")
+def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return what a conversion that nothing interrupts writes."""
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
+        execute(planned(source), out)
+    made = digests(out)
+    assert len([name for name in made if name.endswith(".safetensors")]) == 3
+    return made
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+class StopError(Exception):
+    """Ends a conversion, as the end of its process would."""
+
+
+def begun(plan: Plan, out: Path, share: float = 0.5) -> Path:
+    """Convert until so much is written, and return the journal of the unfinished folder."""
+    written: list[int] = []
+
+    def stop(nbytes: int) -> None:
+        written.append(nbytes)
+        if sum(written) > plan.nbytes * share:
+            raise StopError
+
+    with pytest.raises(StopError):
+        execute(plan, out, workload=Workload(1, 4000, 10**9), progress=stop)
+    (journal,) = out.glob(JOURNALS)
+    assert len(journal.read_text().splitlines()) > 2
+    return journal
+
+
+def child(*argv: str, code: str = CHILD) -> list[str]:
+    return [sys.executable, "-c", code, *argv]
+
+
+# --- the journal -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'{"done":[[0,',
+        b'{"file":"model-00001-of-00003.safetensors","sha',
+        b"\0" * 50,
+        b"\xff\xfe\n",
+        b"[]\n",
+        b"\n",
+    ],
+    ids=["done", "file", "zeros", "no text", "no object", "empty"],
+)
+@pytest.mark.parametrize("ends", [False, True], ids=["last", "in between"])
+def test_a_line_that_was_cut_off_says_nothing(
+    tail: bytes, ends: bool, plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    journal = begun(plan, out)
+    whole = journal.read_bytes()
+    with journal.open("ab") as file:
+        file.write(tail)
+    if ends:  # another run was interrupted after this one
+        with pytest.raises(StopError):
+            execute(plan, out, resume=True, progress=_stop)
+        assert journal.read_bytes().startswith(whole + tail)
+    assert execute(plan, out, resume=True)
+    assert digests(out) == wanted
+
+
+def _stop(nbytes: int) -> None:
+    raise StopError
+
+
+def test_what_is_journaled_is_not_written_again(
+    plan: Plan, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    journal = begun(plan, out, 0.95)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    targets = [target for step in plan.steps for target in step.targets]
+    done = {number for line in lines for first, last in line.get("done", ()) for number in range(first, last)}
+    kept = {name for number in done for name in targets[number].parts.values()}
+    sealed = [line["file"] for line in lines if "file" in line]
+    assert sealed
+    kept |= {name for file in plan.files for name in file.tensors if file.name in sealed}
+    written = set()
+    write = output.Output.write
+
+    def noted(self: output.Output, name: str, start: int, data: Any) -> None:
+        written.add(name)
+        write(self, name, start, data)
+
+    monkeypatch.setattr(output.Output, "write", noted)
+    execute(plan, out, resume=True)
+    everything = {name for file in plan.files for name in file.tensors}
+    assert kept
+    assert written == everything - kept
+    assert digests(out) == wanted
+
+
+def test_the_first_line_cut_off_starts_from_the_beginning(
+    plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    journal = begun(plan, out)
+    first = journal.read_bytes().splitlines()[0]
+    journal.write_bytes(first[:100])
+    assert execute(plan, out, resume=True)
+    assert digests(out) == wanted
+
+
+def test_the_journals_of_several_processes_count_together(
+    plan: Plan, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    journal = begun(plan, out)
+    first, *lines = journal.read_text().splitlines(keepends=True)
+    for rank in range(2):
+        name = JOURNALS.replace("*", f"{rank:05d}")
+        (out / name).write_text("".join([first, *lines[rank::2]]))
+    seen = []
+    execute(plan, out, resume=True, progress=seen.append)
+    assert digests(out) == wanted
+    again = tmp_path / "again"
+    begun(plan, again)
+    alone: list[int] = []
+    execute(plan, again, resume=True, progress=alone.append)
+    assert seen[0] == alone[0] > 0
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "options": ({"quantize": QuantSpec()}, r"options\.quantize: was None, is \{'group_size': 64, 'bits': 4"),
+    "dtype": ({"dtype": planning.DType.F32}, r"options\.dtype: was None, is 'F32'"),
+}
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["unfinished", "complete"])
+@pytest.mark.parametrize(("options", "text"), CHANGES.values(), ids=CHANGES)
+def test_another_plan_is_told_with_all_that_differs(
+    options: dict[str, Any], text: str, complete: bool, source: Path, plan: Plan, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if complete:
+        execute(plan, out)
+    else:
+        begun(plan, out)
+    before = digests(out)
+    what = "is the output of another plan" if complete else "was begun with another plan"
+    with pytest.raises(MlaToolsError, match=f"(?s){what}.*{text}"):
+        execute(planned(source, **options), out, resume=True)
+    assert digests(out) == before
+
+
+def test_another_source_and_another_version_are_told(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, out = tmp_path / source.name, tmp_path / "out"
+    shutil.copytree(source, copy)
+    begun(planned(copy), out)
+    before = digests(out)
+    # The same tensors in the same place, but for the spaces at the end of the header.
+    shard = copy / "model-00001-of-00002.safetensors"
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    shard.write_bytes(
+        (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :]
+    )
+    with pytest.raises(MlaToolsError) as caught:
+        execute(planned(copy), out, resume=True)
+    lines = str(caught.value).splitlines()
+    place = f"  source.files.{shard.name}"
+    assert lines[0] == f"{out} was begun with another plan, so it cannot be gone on with:"
+    assert lines[1] == f"{place}.bytes: was {len(data)}, is {len(data) + 8}"
+    assert lines[2].startswith(f"{place}.header_sha256: was '")
+    assert lines[3:] == ["  Start again with --overwrite, or give what it was begun with."]
+    shard.write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "version", lambda name: "99.0")
+        with pytest.raises(MlaToolsError, match=r"tools\.mlx: was '[0-9.]+', is '99\.0'"):
+            execute(planned(copy), out, resume=True)
+    assert digests(out) == before
+    assert execute(planned(copy), out, resume=True)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_a_folder_that_another_process_writes_is_left_to_it(
+    flag: str, source: Path, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    journal = begun(plan, out)
+    before = digests(out)
+    other = """
+import fcntl, sys
+with open(sys.argv[1]) as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", other, str(journal)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        assert main(["convert", str(source), "--mlx-path", str(out), flag]) == 1
+        process.communicate()
+    assert capsys.readouterr().err == f"error: {out} is being written by another process\n"
+    assert digests(out) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(
+    plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    said = []
+
+    def second(nbytes: int) -> None:
+        with pytest.raises(MlaToolsError) as caught:
+            execute(plan, out, resume=True)
+        said.append(str(caught.value))
+
+    execute(plan, out, progress=second)
+    assert set(said) == {f"{out} is being written by another process"}
+    assert digests(out) == wanted
+
+
+# --- resume and overwrite ----------------------------------------------------------------------------
+
+
+def test_a_complete_folder_has_nothing_left_to_do(
+    source: Path, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    execute(plan, out)
+    before = {path: path.stat() for path in [out, *out.iterdir()]}
+    assert not execute(plan, out, resume=True)
+    assert main(["convert", str(source), "--mlx-path", str(out), "--resume"]) == 0
+    assert capsys.readouterr().out == f"{out} is complete already\n"
+    assert {path: path.stat() for path in before}.keys() == before.keys()
+    assert all(path.stat().st_mtime_ns == status.st_mtime_ns for path, status in before.items())
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "tokenizer.json", INDEX])
+def test_a_complete_folder_that_was_damaged_is_not_called_complete(
+    name: str, damage: str, plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    execute(plan, out)
+    if damage == "gone":
+        (out / name).unlink()
+    else:
+        os.truncate(out / name, 10)
+    before = digests(out)
+    with pytest.raises(MlaToolsError) as caught:
+        execute(plan, out, resume=True)
+    assert str(caught.value) == f"{out} is not as it was left, start again with --overwrite: {name}"
+    assert digests(out) == before
+    execute(plan, out, overwrite=True)
+    assert digests(out) == wanted
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "another"])
+@pytest.mark.parametrize("share", [0.5, 2], ids=["begun", "sealed"])
+def test_a_damaged_temporary_file_is_told(
+    share: float, damage: str, plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if share < 1:
+        journal = begun(plan, out)
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        sealed = [line["file"] for line in lines if "file" in line]
+        (partial,) = [path for path in out.glob("*.safetensors.partial") if path.stem not in sealed][:1]
+    else:
+        with pytest.raises(StopError):
+            execute(plan, out, agrees=lambda: _stop(0))
+        partial = out / "model-00002-of-00003.safetensors.partial"
+    if damage == "gone":
+        partial.unlink()
+    elif damage == "shorter":
+        os.truncate(partial, partial.stat().st_size - 1)
+    else:
+        partial.write_bytes(bytes(partial.stat().st_size))
+    with pytest.raises(MlaToolsError) as caught:
+        execute(plan, out, resume=True)
+    assert str(caught.value) == f"{partial} is not as it was left; start again with --overwrite"
+    execute(plan, out, overwrite=True)
+    assert digests(out) == wanted
+
+
+@pytest.mark.parametrize("state", ["complete", "unfinished", "empty"])
+def test_overwrite_replaces_what_this_tool_made(
+    state: str, source: Path, plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if state == "complete":
+        execute(planned(source, quantize=QuantSpec()), out)
+    elif state == "unfinished":
+        begun(planned(source, dtype=planning.DType.F32), out)
+    else:
+        out.mkdir()
+    execute(plan, out, overwrite=True)
+    assert digests(out) == wanted
+
+
+@pytest.mark.parametrize("strange", ["mine.txt", "adapters/", "model-00001-of-00009.safetensors", ".hidden"])
+@pytest.mark.parametrize("state", ["complete", "unfinished"])
+def test_overwrite_leaves_a_folder_alone_in_which_there_is_anything_else(
+    state: str, strange: str, plan: Plan, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if state == "complete":
+        execute(plan, out)
+    else:
+        begun(plan, out)
+    path = out / strange
+    path.mkdir() if strange.endswith("/") else path.write_text("mine")
+    before = {path: path.is_dir() or path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(MlaToolsError) as caught:
+        execute(plan, out, overwrite=True)
+    said = f"holds what this tool did not make, so --overwrite leaves it alone: {path.name}"
+    assert str(caught.value) == f"{out} {said}"
+    assert {path: path.is_dir() or path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "record", [None, "", "no JSON", "[]", "{}", '{"output": 5, "files": {}}'], ids=["none", "empty", *"abcd"]
+)
+@pytest.mark.parametrize(
+    "flags", [{}, {"resume": True}, {"overwrite": True}], ids=["plain", "resume", "overwrite"]
+)
+def test_a_model_that_this_tool_did_not_make_is_left_alone(
+    flags: dict[str, bool], record: str | None, plan: Plan, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("config.json", "model.safetensors", INDEX):
+        (out / name).write_text("mine")
+    if record is not None:
+        (out / RECORD).write_text(record)
+    before = digests(out)
+    with pytest.raises(MlaToolsError, match=r"as it already exists\. Please delete the file/directory"):
+        execute(plan, out, **flags)
+    assert digests(out) == before
+
+
+@pytest.mark.parametrize("way", ["itself", "link to it", "its files are links"])
+def test_the_source_is_never_the_output(way: str, source: Path, tmp_path: Path) -> None:
+    # The source is itself an output of this tool, or it could not be replaced at all.
+    first = tmp_path / "first"
+    execute(planned(source), first)
+    place = out = first
+    if way == "link to it":
+        out = tmp_path / "link"
+        out.symlink_to(first)
+    elif way == "its files are links":
+        place = tmp_path / "links"
+        place.mkdir()
+        for path in first.iterdir():
+            (place / path.name).symlink_to(path)
+    before = digests(first)
+    with pytest.raises(MlaToolsError, match="is the source itself; choose another folder for the output"):
+        execute(planned(place, quantize=QuantSpec()), out, overwrite=True)
+    assert digests(first) == before
+
+
+# --- the disk ----------------------------------------------------------------------------------------
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - free, free))
+
+
+def test_the_disk_is_asked_before_anything_is_made(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "deep" / "out"
+    needed = sum(file.layout.size for file in plan.files) + output._SMALL_FILES
+    with_free(monkeypatch, needed - 1)
+    with pytest.raises(MlaToolsError) as caught:
+        execute(plan, out)
+    assert str(caught.value) == (
+        f"the disk of {out} has {needed - 1:,} bytes free, and {needed:,} are needed;"
+        " free some space or choose another disk"
+    )
+    assert list(tmp_path.iterdir()) == []
+    with_free(monkeypatch, needed)
+    execute(plan, out)
+
+
+def test_what_is_there_already_needs_no_room(
+    plan: Plan, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_SMALL_FILES", 0)
+    out = tmp_path / "out"
+    begun(plan, out)
+    with_free(monkeypatch, plan.nbytes)
+    execute(plan, out, resume=True)
+    assert digests(out) == wanted
+    # A complete folder gives way to the one that replaces it, and is kept if that is not enough.
+    taken = sum(path.stat().st_blocks * 512 for path in out.iterdir())
+    needed = sum(file.layout.size for file in plan.files)
+    monkeypatch.setattr(output, "_SMALL_FILES", taken - needed + 1)
+    with_free(monkeypatch, 0)
+    with pytest.raises(MlaToolsError, match=f"has {taken:,} bytes free, and {taken + 1:,} are needed"):
+        execute(plan, out, overwrite=True)
+    assert digests(out) == wanted
+    with_free(monkeypatch, 1)
+    execute(plan, out, overwrite=True)
+    assert digests(out) == wanted
+
+
+@contextmanager
+def small_disk(folder: Path, nbytes: int) -> Iterator[Callable[[], None]]:
+    """Put a full disk behind a folder, and yield what makes room on it.
+
+    A tmpfs with a file that fills it; where nothing may be mounted, a limit on how large a file becomes.
+    """
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode == 0:
+        ballast = folder / "ballast"
+        try:
+            size = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            ballast.write_bytes(bytes(size - 300_000))
+            yield ballast.unlink
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+        try:
+            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_becomes_full_is_a_sentence_and_once_there_is_room_it_goes_on(
+    source: Path, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "disk" / "out"
+    argv = ["convert", str(source), "--mlx-path", str(out)]
+    # What is free is not asked: it becomes less after the first byte.
+    full = CHILD.replace(
+        "import sys\n",
+        "import shutil, sys\nshutil.disk_usage = lambda path: type('Usage', (), {'free': 1 << 50})\n",
+        1,
+    )
+    with small_disk(tmp_path / "disk", 4 << 20) as make_room:
+        ended = subprocess.run(child(*argv, code=full), capture_output=True, text=True, check=False)
+        assert ended.returncode == 1
+        assert ended.stdout == ""
+        error, advice = ended.stderr.splitlines()
+        assert error.startswith(f"error: {out}")
+        assert any(os.strerror(number) in error for number in (errno.ENOSPC, errno.EFBIG))
+        assert advice == f"{out} is unfinished: run the same command with --resume to go on"
+        assert not [path for path in out.iterdir() if path.suffix in (".safetensors", ".json")]
+        make_room()
+        subprocess.run(child(*argv, "--resume", code=full), check=True, capture_output=True)
+        assert digests(out) == wanted
+
+
+# --- the end of a process, at any moment ---------------------------------------------------------------
+
+
+def is_there_a_way_on(out: Path) -> bool:
+    """Return whether a folder is not yet there, or visibly unfinished, or complete with all its files."""
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if INDEX in names:
+        files = set(json.loads((out / INDEX).read_text())["weight_map"].values())
+        return files | {RECORD, "config.json"} <= names
+    return not names or bool([*out.glob(JOURNALS)])
+
+
+class Faults:
+    """Ends the conversion at the n-th call that changes names or sizes or says that bytes are on disk, and
+    at every later one.
+
+    What is written into a temporary file from one of these calls to the next makes no other state.
+    """
+
+    CALLS = (
+        (os, ("write", "ftruncate", "fsync")),
+        (Path, ("mkdir", "rename", "unlink")),
+    )
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int) -> None:
+        self.at, self.calls, self.names = at, 0, set[str]()
+        for owner, names in self.CALLS:
+            for name in names:
+                patch.setattr(owner, name, self._counted(name, getattr(owner, name)))
+
+    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls > self.at:
+                raise StopError
+            self.names.add(name)
+            return call(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}], ids=["new", "overwrite"])
+def test_it_goes_on_from_every_call_that_changes_the_disk(
+    flags: dict[str, bool],
+    source: Path,
+    wanted: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(output, "CHECKPOINT_BYTES", 200_000)
+    old = tmp_path / "old"
+    if flags:
+        execute(planned(source, quantize=QuantSpec()), old)
+    out, at, plan = tmp_path / "out", 0, planned(source)
+    while True:
+        if flags:
+            shutil.copytree(old, out)
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, at)
+            try:
+                execute(plan, out, workload=Workload(1, 1 << 20, 10**9), **flags)
+            except StopError:
+                pass
+            else:
+                break
+        untouched = flags and digests(out) == digests(old)
+        assert untouched or is_there_a_way_on(out), at
+        execute(plan, out, **(flags if untouched else {"resume": True}))
+        assert digests(out) == wanted, at
+        shutil.rmtree(out)
+        at += 1
+        if flags and "ftruncate" in faults.names:
+            return  # the old folder is gone, and all that comes now is what comes to a new one
+    assert not flags
+    assert faults.calls == at > 40
+    assert digests(out) == wanted
+
+
+# Tells of each call that changes the disk just before it is made.
+TALKING = """
+import os, pathlib, sys
+def told(call):
+    def telling(*args, **kwargs):
+        if args[0] != PIPE:
+            write(PIPE, b".")
+        return call(*args, **kwargs)
+    return telling
+PIPE, write = int(sys.argv.pop(1)), os.write
+for owner, names in ((os, "write pwrite ftruncate fsync"), (pathlib.Path, "mkdir rename unlink")):
+    for name in names.split():
+        setattr(owner, name, told(getattr(owner, name)))
+"""
+
+
+def kill_after(calls: int, *argv: str) -> tuple[int, int]:
+    """Run the command, kill it when it has come to so many calls; return its exit code and the calls."""
+    reading, writing = os.pipe()
+    code = TALKING + CHILD
+    with subprocess.Popen(
+        child(str(writing), *argv, code=code),
+        pass_fds=[writing],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        os.close(writing)
+        seen = 0
+        while seen < calls and (found := os.read(reading, calls - seen)):
+            seen += len(found)
+        if seen == calls:
+            process.kill()
+        os.close(reading)
+        _, said = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return process.returncode, seen
+
+
+def test_it_goes_on_after_being_killed_at_any_moment(
+    source: Path, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    argv = ["convert", str(source), "--max-memory", "10GB", "--threads", "2", "--mlx-path"]
+    code, calls = kill_after(1 << 30, *argv, str(tmp_path / "at once"))
+    assert code == 0
+    assert calls > 60
+    assert digests(tmp_path / "at once") == wanted
+
+    def lane(number: int) -> int:
+        """Kill conversions, each until it is complete; return how often."""
+        chance, kills, folders = random.Random(number), 0, 0
+        while kills < 16:
+            out = tmp_path / f"out {number} {folders}"
+            while kill_after(chance.randrange(1, calls // 2), *argv, str(out), "--resume")[0]:
+                kills += 1
+                assert is_there_a_way_on(out)
+            assert digests(out) == wanted
+            folders += 1
+        return kills
+
+    with ThreadPoolExecutor(2) as lanes:
+        assert sum(lanes.map(lane, range(2))) >= 30
+
+
+SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+
+
+@pytest.mark.parametrize("number", SIGNALS.values(), ids=SIGNALS)
+def test_a_request_to_end_is_followed_and_it_says_how_to_go_on(
+    number: int, source: Path, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    # The first progress after the first tensor waits for the signal.
+    waiting = CHILD.replace(
+        "sys.exit(",
+        """
+import contextlib, signal
+@contextlib.contextmanager
+def bar(plan, rank):
+    def progress(nbytes):
+        if nbytes:
+            print("written", flush=True)
+            signal.pause()
+    yield progress
+cli._bar = bar
+sys.exit(""",
+    )
+    out = tmp_path / "out"
+    argv = ["convert", str(source), "--mlx-path", str(out)]
+    with subprocess.Popen(
+        child(*argv, code=waiting), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(number)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said == f"interrupted; {out} is unfinished: run the same command with --resume to go on\n"
+    assert not [path for path in out.iterdir() if path.suffix in (".safetensors", ".json")]
+    assert not is_complete(out, identity(planned(source), "cpu"))
+    assert execute(planned(source), out, resume=True)
+    assert digests(out) == wanted
+
+
+# --- the record ----------------------------------------------------------------------------------------
+
+
+def test_the_record_tells_what_was_made_from_what(source: Path, tmp_path: Path) -> None:
+    made, out = planned(source, quantize=QuantSpec()), tmp_path / "out"
+    execute(made, out)
+    record = json.loads((out / RECORD).read_text())
+    others = {path.name: path for path in out.iterdir() if path.name != RECORD}
+    assert record["files"] == {
+        name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for name, path in others.items()
+    }
+    assert record["device"] == "cpu"
+    assert record["tools"] == {"mla-tools": version("mla-tools"), "mlx": version("mlx")}
+    assert record["options"]["quantize"] == {"bits": 4, "group_size": 64, "mode": "affine"}
+    assert (record["source"]["name"], record["source"]["revision"]) == ("tiny", "")
+    shards = {}
+    for path in source.glob("*.safetensors"):
+        data = path.read_bytes()
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        digest = hashlib.sha256(header).hexdigest()
+        shards[path.name] = {"bytes": len(data), "header_sha256": digest, "tag": ""}
+    assert record["source"]["files"] == shards
+    dropped = {name: reason for reason, names in record["dropped"].items() for name in names}
+    assert dropped == {name: drop.reason for drop in made.drops for name in drop.source.parts.values()}
+    assert dropped
+    used = {name for step in made.steps for s in step.sources for name in s.parts.values()}
+    assert used | dropped.keys() == made.checkpoint.tensors.keys()
+    assert record["notes"] == list(made.notes)
+    assert "/" not in (out / RECORD).read_text()
+
+
+@pytest.mark.parametrize("way", ["threads", "slabs", "resumed", "elsewhere"])
+def test_the_record_does_not_depend_on_how_and_where(
+    way: str, source: Path, plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "another name"
+    if way == "threads":
+        execute(plan, out, workload=Workload(7, 1 << 20, 10**9))
+    elif way == "slabs":
+        execute(plan, out, workload=Workload(2, 1000, 10**9))
+    elif way == "resumed":
+        begun(plan, out)
+        execute(plan, out, resume=True)
+    else:
+        copy = tmp_path / "deep" / source.name
+        shutil.copytree(source, copy)
+        execute(planned(copy), out)
+    assert digests(out) == wanted
+
+
+def test_a_folder_of_the_hubs_cache_is_named_as_the_repository_and_its_commit(
+    source: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "models--org--name" / "snapshots" / "abc123"
+    shutil.copytree(source, place)
+    told = identity(planned(place), "cpu")["source"]
+    assert (told["name"], told["revision"]) == ("hf://org/name", "abc123")
