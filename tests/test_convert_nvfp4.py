@@ -233,7 +233,7 @@ def drop_second(folder: Path, name: str) -> None:
     arrays = {n: place for n, place in open_checkpoint(folder).tensors.items() if n != name}
     header, data, end = {}, [], 0
     for n, place in arrays.items():
-        raw = np.fromfile(place.file, np.uint8, place.spec.nbytes, offset=place.offset)
+        raw = np.fromfile(folder / place.file.name, np.uint8, place.spec.nbytes, offset=place.offset)
         offsets = [end, end + raw.size]
         header[n] = {"dtype": place.spec.dtype.name, "shape": place.spec.shape, "data_offsets": offsets}
         data.append(raw)
