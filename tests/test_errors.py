@@ -13,6 +13,7 @@ from mla_tools.errors import (
     MlaToolsError,
     Problem,
     UsageError,
+    clipped,
     fold_indices,
     fold_names,
 )
@@ -145,3 +146,9 @@ def test_thousands_of_kinds_of_problems_do_not_fill_the_screen() -> None:
 )
 def test_exit_codes(error: MlaToolsError, code: int) -> None:
     assert error.exit_code == code
+
+
+def test_a_name_of_thousands_of_indices_is_one_word() -> None:
+    names = [f"a.{number}" + ".0" * 2000 for number in range(2)]
+    assert fold_names(names) == names
+    assert clipped({"a": "x" * 1000}) == "{'a': '" + "x" * 37 + "..." + "x" * 38 + "'}"

@@ -253,3 +253,7 @@ def test_ops_are_values(op: Op) -> None:
     assert op == replace(op)  # type: ignore[type-var]
     assert len({op, op.inverse().inverse()}) == 1
     assert SplitKvB(3, 2) != SplitKvB(2, 3)
+
+
+def test_rows_that_hold_nothing_are_no_work() -> None:
+    assert list(Same().slabs([Spec((1 << 40, 1 << 20, 0), DType.BF16)], 8 << 20)) == []

@@ -283,6 +283,9 @@ def test_other_modules_are_left_alone(found: Module) -> None:
 
 REFUSED = [
     pytest.param(full(section={"desc_act": True}), r"act-order \(desc_act in config.json\)", id="desc_act"),
+    pytest.param(
+        full(section={"checkpoint_format": {"a": 1}}), "checkpoint_format {'a': 1} is", id="format_object"
+    ),
     pytest.param(full(section={"checkpoint_format": "marlin"}), "checkpoint_format 'marlin' is", id="format"),
     pytest.param(full(1000), r"rows of 1000 codes: GPTQ with 4 bits has \[125, out\]", id="bits"),
     pytest.param(full(scales=None), "scales are None; beside qweight they must be", id="no_scales"),
