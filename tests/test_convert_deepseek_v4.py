@@ -104,11 +104,12 @@ def test_mlx_vlm_reads_the_same_weights(layout: str, sources: Sources, tmp_path:
     out = tmp_path / "out"
     convert(sources(layout, "plain")[0], out, "--dtype", "float32", *FLAGS.get(layout, []))
     ours, _ = load_model(out, strict=True, trust_remote_code=True)
-    # With this key mlx-vlm would take the class from the file as well, which is mlx-lm's kind of class.
+    ids = mx.array([tokens(LENGTH)])
+    # mlx-vlm follows model_file too, and without that key takes its own class.
+    assert relative(np.array(load_in_mlx_vlm(out)(ids)), np.array(ours(ids))) == 0
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "model_file"}))
     theirs = load_in_mlx_vlm(out)
-    ids = mx.array([tokens(LENGTH)])
     found = theirs(ids, cache=theirs.language_model.make_cache()).logits
     assert relative(np.array(ours(ids)), np.array(found)) <= TOLERANCE
 
@@ -324,7 +325,7 @@ def test_the_output_brings_the_class_along(sources: Sources, tmp_path: Path) -> 
     text = (tmp_path / "out" / "deepseek_v4.py").read_text()
     assert text == plan.added["deepseek_v4.py"]
     assert len(text.splitlines()) == 2
-    assert "from mla_tools.models.deepseek_v4 import Model, ModelArgs" in text
+    assert "from mla_tools.models.deepseek_v4 import Model, ModelArgs, ModelConfig" in text
     section = config["quantization"]
     assert (section["mode"], section["bits"]) == ("mxfp8", 8)
     assert section["model.layers.3.ffn.switch_mlp.up_proj"] == {

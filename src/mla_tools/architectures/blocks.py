@@ -141,7 +141,7 @@ class Family:
         module = f"mla_tools.models.{self.runtime}"
         return {
             self.model_file: f'"""The class of this model is part of mla-tools."""\n'
-            f"from {module} import Model, ModelArgs  # noqa: F401\n"
+            f"from {module} import Model, ModelArgs, ModelConfig  # noqa: F401\n"
         }
 
     def refusals(self, config: Config) -> list[Problem]:

@@ -1,8 +1,8 @@
 """DeepSeek V4 (Flash, Pro and their Base versions) as a model of mlx-lm.
 
 A folder with a converted checkpoint names a file in config.json, `"model_file": "deepseek_v4.py"`, with
-two lines in it: a docstring and `from mla_tools.models.deepseek_v4 import Model, ModelArgs  # noqa: F401`.
-mlx-lm then takes the classes from here.
+two lines in it: a docstring and an import of Model, ModelArgs and ModelConfig from here. mlx-lm takes the
+classes from that file, and so does `mlx_vlm.utils.load_model`.
 
 The mathematics are those of transformers' `deepseek_v4`; parameter names and shapes are those of mlx-vlm's
 class, so that one checkpoint serves both. With V = vocab_size, D = hidden_size, H = num_attention_heads,
@@ -63,7 +63,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mla_tools.models.deepseek_v4_cache import ArraysCache as LayerCache
 from mla_tools.models.deepseek_v4_cache import Groups, Span, runs
 
-__all__ = ["Model", "ModelArgs"]
+__all__ = ["Model", "ModelArgs", "ModelConfig"]
 
 # Attention runs over this many queries of all requests at a time, with the keys of their windows.
 QUERY_BLOCK = 128
@@ -130,6 +130,10 @@ class ModelArgs(BaseModelArgs):
     def rope_type(self) -> str:
         scaling = self.rope_scaling or {}
         return str(scaling.get("type", scaling.get("rope_type", "default")))
+
+
+# What mlx-vlm calls it.
+ModelConfig = ModelArgs
 
 
 # ---- positions
