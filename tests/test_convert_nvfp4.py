@@ -259,6 +259,8 @@ def test_an_index_without_the_scales_loses_nothing(sample: Sample, tmp_path: Pat
     plan = convert(tmp_path / "source", tmp_path / "out")
     assert any("holds tensors that the index does not name, taken" in note for note in plan.notes)
     for file in sorted((tmp_path / "whole").iterdir()):
+        if file.name == "mla_tools.json":  # holds the notes, and this one is among them
+            continue
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 

@@ -96,6 +96,9 @@ _ENCODED = {"affine": 0.0, "mxfp8": 2.5, "mxfp4": 2.0, "nvfp4": 2.0}
 _BLOCK_ENCODED = {"mxfp4": 20, "nvfp4": 20}
 _BLOCK_ELEMENTS = 1 << 18
 
+# MLX takes whole pages for its buffers, of which a slab has a few.
+_PAGES = 1 << 16
+
 # Output files are filled up to this, as mlx-lm does it.
 SHARD_BYTES = 5 << 30
 
@@ -1197,7 +1200,7 @@ def _slab_bytes(step: Step, limit: int) -> int:
         return 0
     read = sum(_rows_bytes(step.sources[block.index], block.start, block.stop) for block in slab.reads)
     elements = sum((b.stop - b.start) * step.sources[b.index].spec.width for b in slab.reads)
-    written = sum(_rows_bytes(step.targets[b.index], b.start, b.stop) for b in slab.writes)
+    written = sum(_rows_bytes(step.targets[b.index], b.start, b.stop) for b in slab.writes) + _PAGES
     made = [target for target in step.targets if not target.moved]
     if not made:
         same = all(target.codec == source.codec for target in step.targets for source in step.sources)

@@ -225,7 +225,7 @@ def test_conversion_keeps_every_number(family: str, fmt: str, tmp_path: Path) ->
     stored = open_checkpoint(source).tensors
     raw = {}
     for name, place in stored.items():
-        data = np.fromfile(place.file, np.uint8, place.spec.nbytes, offset=place.offset)
+        data = np.fromfile(source / place.file.name, np.uint8, place.spec.nbytes, offset=place.offset)
         raw[name] = data.view(place.spec.dtype.numpy).reshape(place.spec.shape)
     checked = 0
     for step in plan.steps:
