@@ -6,7 +6,7 @@ import heapq
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -128,8 +128,8 @@ def execute(
     with ExitStack() as stack:
 
         def work() -> Output:
-            journal = stack.enter_context(Journal(folder, group.rank, told))
-            output = stack.enter_context(Output(plan, folder, told, group, journal))
+            journal = stack.enter_context(closing(Journal(folder, group.rank, told)))
+            output = stack.enter_context(closing(Output(plan, folder, told, group, journal)))
             progress(output.done_bytes)
             _run(plan, output, workload, device, progress)
             output.complete()

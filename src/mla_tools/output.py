@@ -19,11 +19,10 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from mla_tools.distributed import Group, shares
 from mla_tools.errors import MlaToolsError
@@ -243,7 +242,7 @@ def _prepare(plan: Plan, folder: Path, told: Mapping[str, Any], *, resume: bool,
     except FileExistsError as error:
         if not (resume or overwrite):  # it was not there just now
             raise MlaToolsError(f"{folder} is being written by another process") from error
-    with Journal(folder, 0, told):
+    with closing(Journal(folder, 0, told)):
         state = _State.of(folder)
         targets = [target for step in plan.steps for target in step.targets]
         kept = {name for number in state.done(len(targets)) for name in targets[number].parts.values()}
@@ -412,14 +411,6 @@ class Journal:
     def close(self) -> None:
         os.close(self._fd)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _lock(fd: int, path: Path) -> None:
     """Raise MlaToolsError if another process has the lock of an open journal, or has just removed it."""
@@ -567,11 +558,6 @@ class Output:
         skipped = (target for number, target in enumerate(self._targets) if number not in self.todo)
         return sum(_nbytes(target) for target in skipped if self._home(target) is not None)
 
-    @property
-    def total_bytes(self) -> int:
-        """The bytes of this rank's tensors."""
-        return sum(spec.nbytes for file in self._files.values() for spec in file.tensors.values())
-
     def _home(self, target: Target) -> str | None:
         file = self._homes.get(next(iter(target.parts.values())))
         return None if file is None else file.name
@@ -644,14 +630,6 @@ class Output:
             self._keeper.shutdown()
             for writer in self._writers.values():
                 writer.suspend()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def publish(self) -> None:
         """Make the folder complete: the files beside the weights, then the final names, the index last."""
