@@ -44,6 +44,9 @@ def agreeable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __init__(self, config: Any, stored: Any) -> None:
             calls.append("start")
 
+        def look(self) -> None:
+            pass
+
         def wait(self) -> None:
             calls.append("wait")
 

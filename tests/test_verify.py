@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +131,64 @@ def test_cancel_ends_the_child_and_may_come_twice() -> None:
     child = check._child
     check.cancel()
     assert child.poll() is not None
-    assert all(pipe is None or pipe.closed for pipe in (child.stdin, child.stdout, child.stderr))
+    assert check._out.closed
+    assert check._err.closed
     check.cancel()
+
+
+def test_a_look_waits_for_nothing_and_raises_what_is_known(source: Path, tmp_path: Path) -> None:
+    config, shapes = output(source, tmp_path / "out")
+    for stored, agrees in ((shapes, True), ({}, False)):
+        check = ManifestCheck(config, stored)
+        os.kill(check._child.pid, signal.SIGSTOP)
+        check.look()
+        os.kill(check._child.pid, signal.SIGCONT)
+        try:
+            check._child.wait()
+            with nullcontext() if agrees else pytest.raises(CheckpointError):
+                check.look()
+            with nullcontext() if agrees else pytest.raises(CheckpointError):
+                check.wait()
+        finally:
+            check.cancel()
+
+
+def test_the_child_imports_no_tokenizers() -> None:
+    asked = """
+import sys
+from mla_tools.verify import _import_mlx_lm, model_classes
+_import_mlx_lm()
+print(model_classes({"model_type": "deepseek_v3"})[0].__module__, "transformers" in sys.modules)
+"""
+    child = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert child.stdout.split() == ["mlx_lm.models.deepseek_v3", "False"], child.stderr
+
+
+# utils.py of an imagined mlx-lm -> what of the package is imported
+UTILS = {
+    "as it is": ("from .tokenizer_utils import anything", "without"),
+    "with a need of the package": ("from mlx_lm import generator", "with"),
+}
+
+
+@pytest.mark.parametrize("utils", UTILS)
+def test_what_mlx_lm_begins_with_is_imported_where_it_is_needed(utils: str, tmp_path: Path) -> None:
+    text, expected = UTILS[utils]
+    package = tmp_path / "mlx_lm"
+    package.mkdir()
+    (package / "__init__.py").write_text("generator = 1")
+    (package / "tokenizer_utils.py").write_text("anything = 1")
+    (package / "utils.py").write_text(text)
+    asked = """
+import sys
+from mla_tools.verify import _import_mlx_lm
+_import_mlx_lm()
+assert "mlx_lm.utils" in sys.modules
+print("with" if hasattr(sys.modules["mlx_lm"], "generator") else "without")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    child = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment)
+    assert child.stdout.strip() == expected, child.stderr
 
 
 # --- an output and what it says of itself ------------------------------------------------------------

@@ -38,6 +38,8 @@ from mla_tools.spec import DType
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mla_tools.verify import ManifestCheck
+
 __all__ = ["main", "options_of", "parser"]
 
 _DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
@@ -141,7 +143,7 @@ def _convert(args: argparse.Namespace) -> int:
                     resume=args.resume,
                     overwrite=args.overwrite,
                     group=group,
-                    progress=progress,
+                    progress=_looking(check, progress),
                     agrees=check.wait if check and each is plan else lambda: None,
                 )
             done.append(report.summary_text(each, folder) if anything else f"{folder} is complete already")
@@ -158,6 +160,17 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         print("\n".join(done))
     return 0
+
+
+def _looking(check: ManifestCheck | None, progress: Callable[[int], None]) -> Callable[[int], None]:
+    """Return a progress that ends the work as soon as it is known that mlx-lm does not agree."""
+
+    def step(nbytes: int) -> None:
+        progress(nbytes)
+        if check:
+            check.look()
+
+    return step
 
 
 @contextmanager

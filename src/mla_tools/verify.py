@@ -2,9 +2,9 @@
 
 A complete output says in mla_tools.json what each of its files must be; `verify_output` compares.
 
-The class of the installed mlx-lm is asked in a child process, because importing mlx_lm costs seconds
-and hundreds of megabytes that a converter has no other use for. The child builds the module tree,
-which is lazy and takes no memory, and compares parameter names and shapes.
+The class of the installed mlx-lm is asked in a child process, so that whatever it imports costs the
+converter neither time nor memory. The child builds the module tree, which is lazy and takes no memory,
+and tells the parameter names and shapes, which are compared with what is written.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
+from types import ModuleType
 from typing import Any
 
 from mla_tools.architectures import MODEL_TYPES
@@ -159,44 +163,70 @@ class ManifestCheck:
 
     def __init__(self, config: Mapping[str, Any], stored: Shapes) -> None:
         self._stored = stored
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "mla_tools.verify"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        self._question = json.dumps(
-            {"config": dict(config), "stored": {k: list(v) for k, v in stored.items()}}
-        )
+        self._agreed = False
+        with ExitStack() as stack:
+            # Files, which hold any question and any answer while this process does something else.
+            asked, self._out, self._err = (stack.enter_context(TemporaryFile()) for _ in range(3))
+            question = {"config": dict(config), "stored": {k: list(v) for k, v in stored.items()}}
+            asked.write(json.dumps(question).encode())
+            asked.seek(0)
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "mla_tools.verify"], stdin=asked, stdout=self._out, stderr=self._err
+            )
+            self._files = stack.pop_all()
+
+    def look(self) -> None:
+        """Return at once, or raise what `wait` raises if that is known by now."""
+        if self._child.poll() is not None:
+            self.wait()
 
     def wait(self) -> None:
         """Return when mlx-lm agrees; CheckpointError that lists the differences if it does not."""
-        out, err = self._child.communicate(self._question.encode())
-        if self._child.returncode != 0:
-            last = err.decode(errors="replace").strip().splitlines()[-1:]
+        if self._agreed:
+            return
+        if self._child.wait() != 0:
+            self._err.seek(0)
+            last = self._err.read().decode(errors="replace").strip().splitlines()[-1:]
             raise MlaToolsError(
                 f"The installed mlx-lm cannot build this model: {last[0] if last else 'no reason given'}"
             )
-        problems = compare(self._stored, json.loads(out))
+        self._out.seek(0)
+        problems = compare(self._stored, json.load(self._out))
         if problems:
             raise CheckpointError(problems)
+        self._agreed = True
 
     def cancel(self) -> None:
         """End the child if it still runs."""
         self._child.kill()
         self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout, self._child.stderr):
-            if pipe is not None:
-                pipe.close()
+        self._files.close()
 
 
 def _answer() -> None:
     """Read a question from stdin and print the manifest: the child process."""
-    # Slow, and so before the question comes: the converter writes its files in the meantime.
-    import mlx_lm.utils  # noqa: F401
-
+    _import_mlx_lm()
     question = json.load(sys.stdin)
     print(json.dumps(manifest(question["config"], question["stored"])))
+
+
+def _import_mlx_lm() -> None:
+    """Import mlx_lm.utils, if it can be, without the generator and the tokenizers that mlx_lm begins with.
+
+    They import transformers, and it all there is of torch: seconds, for what no model class needs.
+    """
+    package, tokenizers = ModuleType("mlx_lm"), ModuleType("mlx_lm.tokenizer_utils")
+    found = find_spec("mlx_lm")
+    package.__path__ = list(found.submodule_search_locations or ()) if found else []
+    tokenizers.__getattr__ = lambda name: None  # type: ignore[method-assign]
+    stand_ins = {module.__name__: module for module in (package, tokenizers)}
+    sys.modules.update(stand_ins)
+    try:
+        import_module("mlx_lm.utils")
+    except Exception:  # another mlx-lm needs more of itself
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mlx_lm"]:
+            del sys.modules[name]
+        import_module("mlx_lm.utils")
 
 
 if __name__ == "__main__":
