@@ -63,7 +63,7 @@ T = TypeVar("T")
 _TOLD = 12
 
 # So many bytes at most are written twice when a conversion is gone on with.
-CHECKPOINT_BYTES = 1 << 30
+CHECKPOINT_BYTES = 256 << 20
 
 # config.json, the index and the record: more than these ever took.
 _SMALL_FILES = 64 << 20
@@ -602,11 +602,13 @@ class Output:
             self._kept.pop(0)
 
     def _save(self, numbers: Collection[int]) -> None:
-        names = {self._home(self._targets[number]) for number in numbers} - self._sealed
-        for name in names:
-            if name is not None:
-                self._writer(name).sync()
+        homes = {self._home(self._targets[number]) for number in numbers} - self._sealed
+        writers = [self._writer(name) for name in homes if name is not None]
+        for writer in writers:
+            writer.sync()
         self._journal.append({"done": _runs(numbers)})
+        for writer in writers:
+            writer.hash()
 
     def _seal(self, name: str) -> None:
         digest = self._writer(name).seal()

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import ml_dtypes
@@ -333,6 +333,49 @@ def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
     data = second.partial.read_bytes()
     assert digest == hashlib.sha256(data).hexdigest()
     assert data == TWO.header + b"1" * 8 + b"2" * 8
+
+
+THREE = layout({name: Spec((8,), DType.U8) for name in "abc"}, {})
+
+
+@pytest.mark.parametrize("order", list(permutations("abc")), ids="".join)
+@pytest.mark.parametrize("done", [None, "a", "b"], ids=str)
+def test_a_sha256_begun_early_is_that_of_the_file(
+    order: tuple[str, ...], done: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    if done:
+        first = Writer(path, THREE)
+        first.write(done, 0, done.encode() * 8)
+        first.suspend()
+    writer = Writer(path, THREE, {done} if done else None)
+    for name in order:
+        for half in (0, 4) if name != done else ():
+            writer.hash()
+            writer.write(name, half, name.encode() * 4)
+    writer.hash()
+    assert writer.seal() == hashlib.sha256(THREE.header + b"a" * 8 + b"b" * 8 + b"c" * 8).hexdigest()
+
+
+def test_a_sha256_is_begun_with_what_has_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    original = os.preadv
+
+    def noted(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = original(fd, buffers, offset)
+        read.append((offset - len(THREE.header), count))
+        return count
+
+    writer = Writer(tmp_path / "a.safetensors", THREE)
+    writer.write("c", 0, b"c" * 8)
+    writer.write("a", 0, b"a" * 8)
+    monkeypatch.setattr(os, "preadv", noted)
+    writer.hash()
+    assert sum(count for _, count in read) == len(THREE.header) + 8
+    writer.write("b", 0, b"b" * 8)
+    read.clear()
+    writer.seal()
+    assert [(start, count) for start, count in read if count] == [(8, 16)]
 
 
 @pytest.mark.parametrize("done", [{"a"}, set(), {"a", "b"}], ids=["one", "none", "all"])

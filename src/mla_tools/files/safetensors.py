@@ -351,6 +351,10 @@ class Writer:
         self.partial = partial_path(self.path)
         self._layout = layout
         self._ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.offsets}
+        self._left = dict(layout.nbytes)  # bytes of each tensor that are still to come
+        self._order = list(layout.offsets)
+        self._gapless = 0  # so many tensors of the file are written, from the first one on
+        self._digest = _Digest()
         self._idle = threading.Condition()
         self._busy = 0
         self._open = True  # whether `write` is still allowed
@@ -384,8 +388,7 @@ class Writer:
             self.suspend()
             raise MlaToolsError(f"{self.partial} is not the file that was begun; {advice}")
         for name in done:
-            if self._layout.nbytes[name]:
-                self._ranges[name].append((0, self._layout.nbytes[name]))
+            self._note(name, 0, self._layout.nbytes[name])
 
     def write(self, name: str, start: int, data: Any) -> None:
         """Write a contiguous buffer at byte `start` of a tensor; any thread may call this.
@@ -407,13 +410,31 @@ class Writer:
         try:
             self._write_at(view.cast("B"), self._layout.offsets[name] + start)
             with self._idle:
-                self._ranges[name].append((start, end))
+                self._note(name, start, end)
         except OSError as error:
             raise self._failed(error) from error
         finally:
             with self._idle:
                 self._busy -= 1
                 self._idle.notify_all()
+
+    def _note(self, name: str, start: int, end: int) -> None:
+        if start < end:
+            self._ranges[name].append((start, end))
+            self._left[name] -= end - start
+
+    def hash(self) -> None:
+        """Begin with the sha256: hash what has been written from the start of the file without a gap.
+
+        One thread at a time may call this, or `seal`, which then has less left to do.
+        """
+        while self._gapless < len(self._order) and not self._left[self._order[self._gapless]]:
+            self._gapless += 1
+        offsets = [*self._layout.offsets.values(), self._layout.size]
+        try:
+            self._digest.update(self._fd, offsets[self._gapless])
+        except OSError as error:
+            raise self._failed(error) from error
 
     def sync(self) -> None:
         """Return when all that is written so far is on disk for good."""
@@ -447,13 +468,13 @@ class Writer:
         self._complete()
         try:
             sync(self._fd)
-            digest = sha256_of(self._fd)
+            self._digest.update(self._fd, self._layout.size)
             if not self._is_ours():
                 raise MlaToolsError(f"{self.partial} was removed or replaced while it was written")
             self._close()
         except OSError as error:
             raise self._failed(error) from error
-        return digest
+        return self._digest.hexdigest()
 
     def _complete(self) -> None:
         """End writing, and raise unless every byte was written exactly once."""
@@ -566,12 +587,27 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(fd: int) -> str:
     """Return the sha256 of an open file in hexadecimal."""
-    digest, offset = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_HASHED_AT_ONCE))
-    while count := os.preadv(fd, [buffer], offset):
-        digest.update(buffer[:count])
-        offset += count
+    digest = _Digest()
+    digest.update(fd, os.fstat(fd).st_size)
     return digest.hexdigest()
+
+
+class _Digest:
+    """The sha256 of a file as far as it was read."""
+
+    def __init__(self) -> None:
+        self._sha256, self._reached = hashlib.sha256(), 0
+
+    def update(self, fd: int, end: int) -> None:
+        """Go on to byte `end`, or to the end of the file; nothing if that was reached before."""
+        buffer = memoryview(bytearray(min(_HASHED_AT_ONCE, max(0, end - self._reached))))
+        while count := os.preadv(fd, [buffer[: end - self._reached]], self._reached):
+            self._sha256.update(buffer[:count])
+            self._reached += count
+
+    def hexdigest(self) -> str:
+        """Return the sha256 in hexadecimal."""
+        return self._sha256.hexdigest()
 
 
 class _Used:
