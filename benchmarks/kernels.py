@@ -40,7 +40,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mla_tools.encoders import encode_mxfp4, encode_nvfp4
+from mla_tools.kernels import encode_mxfp4, encode_nvfp4
 
 OURS = {"mxfp4": encode_mxfp4, "nvfp4": encode_nvfp4}
 WIDTH = 2048

@@ -1,4 +1,4 @@
-"""`encoders` against `mx.quantize` on the CPU, bit for bit.
+"""`kernels` against MLX's own operations on the CPU, bit for bit.
 
 Every comparison is made on the CPU, whose bits are the ones promised, whatever the default device is.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tools import encoders, quantization
-from mla_tools.encoders import encode_mxfp4, encode_nvfp4
+from mla_tools import kernels, quantization
+from mla_tools.kernels import decode_e4m3, encode_affine, encode_mxfp4, encode_nvfp4
+from mla_tools.quantization import MODES as MODES_OF_MLX
 from mla_tools.quantization import QuantSpec, quantize
 
 Encode = Callable[[mx.array], dict[str, mx.array]]
@@ -212,13 +214,13 @@ def test_shapes(mode: str, shape: tuple[int, ...]) -> None:
 @FLOATS
 @pytest.mark.parametrize("groups", [1, 3, 7])
 def test_blocks_do_not_show(mode: str, dtype: mx.Dtype, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "_BLOCK", groups * GROUP[mode])
+    monkeypatch.setattr(kernels, "BLOCK", groups * GROUP[mode])
     check(mx.random.normal((5, 11, 96)).astype(dtype), mode)
 
 
 @MODES
 def test_an_array_of_more_than_one_block(mode: str) -> None:
-    check(mx.random.normal((9, encoders._BLOCK // 8 + 32)).astype(mx.bfloat16), mode)
+    check(mx.random.normal((9, kernels.BLOCK // 8 + 32)).astype(mx.bfloat16), mode)
 
 
 @MODES
@@ -281,6 +283,160 @@ def test_threads_with_streams_of_their_own(mode: str) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert all(np.array_equal(result, np.array(expected)) for result in pool.map(work, range(8)))
+
+
+# ---- affine
+
+
+AFFINE = pytest.mark.parametrize(
+    ("bits", "group"), [(bits, group) for bits in MODES_OF_MLX["affine"][0] for group in (32, 64, 128)]
+)
+
+
+def check_affine(array: mx.array, bits: int = 4, group: int = 32) -> None:
+    ours = encode_affine(array, group, bits)
+    theirs = dict(zip(("weight", "scales", "biases"), mx.quantize(array, group, bits), strict=True))
+    assert ours.keys() == theirs.keys()
+    for part, expected in theirs.items():
+        assert (ours[part].dtype, ours[part].shape) == (expected.dtype, expected.shape)
+        # As bytes: NaN is not equal to itself.
+        assert np.array_equal(octets(ours[part]), octets(expected)), part
+
+
+def octets(array: mx.array) -> np.ndarray:
+    return np.array(mx.contiguous(array).view(mx.uint8))
+
+
+def finite(bits: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """Return the floats of these bits, 1 in the place of those that are none."""
+    array = floats(bits, dtype)
+    return mx.where(mx.isfinite(array), array, mx.array(1, dtype))
+
+
+@AFFINE
+@FLOATS
+def test_affine_of_ordinary_weights(bits: int, group: int, dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(bits * group)
+    sizes = 10.0 ** rng.uniform(-4, 1, (400, 1))
+    check_affine(floats(bits_of(rng.standard_normal((400, 384)) * sizes, dtype), dtype), bits, group)
+
+
+@SIXTEEN_BITS
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_affine_with_every_value_at_an_end_of_a_group(bits: int, dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(0)
+    ends = finite(np.arange(65536), dtype)
+    wide = np.array(ends.astype(mx.float32))[:, None]
+    between = floats(bits_of(wide * rng.uniform(-1, 1, (65536, WIDTH - 1)), dtype), dtype)
+    check_affine(mx.concatenate([ends[:, None], between], axis=1), bits)
+    # One sign only, so that zero lies outside of the group.
+    check_affine(mx.concatenate([ends[:, None], between.abs() * mx.sign(ends)[:, None]], axis=1), bits)
+
+
+@AFFINE
+def test_affine_with_quotients_in_the_middle_between_two_codes(bits: int, group: int) -> None:
+    rng = np.random.default_rng(3)
+    quarters = rng.integers(-(2**bits) * 2, 2**bits * 2 + 1, (300, 128)) / 4
+    check_affine(mx.array(quarters, mx.float32), bits, group)
+    check_affine(mx.array(quarters, mx.bfloat16), bits, group)
+
+
+@FLOATS
+def test_affine_of_finite_numbers_of_any_size(dtype: mx.Dtype) -> None:
+    rng = np.random.default_rng(4)
+    for high in (1 << (8 * dtype.size), 1 << (8 * dtype.size - 1), 1 << (8 * dtype.size - 4)):
+        check_affine(finite(rng.integers(0, high, (2000, WIDTH)), dtype))
+    check_affine(-finite(rng.integers(0, 1 << (8 * dtype.size - 1), (2000, WIDTH)), dtype))
+
+
+@FLOATS
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_affine_of_groups_with_anything_in_them(dtype: mx.Dtype, data: st.DataObject) -> None:
+    numbers = st.one_of(st.sampled_from([0.0, -0.0, 1e-45, 3e38, -3e38, 1e-8]), st.floats(width=32))
+    few = data.draw(st.lists(numbers, min_size=1, max_size=6))
+    rows = np.resize(np.array(few, np.float32), (2, 64))
+    rows[1, 32:] = np.abs(rows[1, 32:])
+    check_affine(floats(bits_of(rows, dtype), dtype), data.draw(st.sampled_from([2, 3, 4, 5, 6, 8])))
+
+
+@FLOATS
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.5, -0.5, 3e-8, -3e-8])
+def test_affine_of_groups_whose_elements_are_all_alike(value: float, dtype: mx.Dtype) -> None:
+    check_affine(mx.full((3, 64), value, dtype))
+
+
+@FLOATS
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_is_left_to_mlx(value: str, dtype: mx.Dtype) -> None:
+    array = mx.random.normal((64, 64)).astype(dtype)
+    array[5, 7] = float(value)
+    check_affine(array)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 32), (3, 64), (2, 3, 96), (2, 1, 3, 160), (0, 64), (2, 0, 32)], ids=str
+)
+def test_affine_shapes(shape: tuple[int, ...]) -> None:
+    check_affine(mx.random.normal(shape).astype(mx.bfloat16))
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_affine_blocks_do_not_show(bits: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "AFFINE_BLOCK", groups * 32)
+    check_affine(mx.random.normal((5, 11, 96)).astype(mx.bfloat16), bits)
+
+
+def test_affine_of_more_than_one_block() -> None:
+    check_affine(mx.random.normal((9, kernels.AFFINE_BLOCK // 8 + 32)).astype(mx.bfloat16))
+
+
+def test_affine_of_views() -> None:
+    array = mx.random.normal((64, 3, 96)).astype(mx.bfloat16)
+    for view in (array.T, array[::2, 1, 32:], mx.broadcast_to(array[:1], (4, 3, 96))):
+        check_affine(view)
+
+
+def test_affine_refusals() -> None:
+    for array, message in (
+        (mx.zeros((2, 40)), r"group size 32 does not divide .* \(2, 40\)"),
+        (mx.zeros((64,)), r"shape \(64,\) has no rows"),
+        (mx.zeros((2, 32), mx.int32), "int32 cannot be encoded"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_affine(array, 32, 4)
+
+
+def test_affine_in_threads_with_streams_of_their_own() -> None:
+    array = mx.random.normal((256, 512)).astype(mx.bfloat16)
+    expected, *_ = mx.quantize(array, 64, 4)
+    mx.eval(array, expected)
+
+    def work(_: int) -> np.ndarray:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            return np.array(encode_affine(array, 64, 4)["weight"])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(np.array_equal(result, np.array(expected)) for result in pool.map(work, range(8)))
+
+
+# ---- E4M3
+
+
+def test_every_code_of_e4m3_is_the_number_of_mlx_and_of_ml_dtypes() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    numbers = np.array(decode_e4m3(mx.array(codes)))
+    assert np.array_equal(numbers, codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32), equal_nan=True)
+    assert np.array_equal(numbers, np.array(mx.from_fp8(mx.array(codes), mx.float32)), equal_nan=True)
+    assert np.array_equal(np.signbit(numbers), codes >= 128)
+
+
+def test_a_gpu_decodes_e4m3_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.DeviceType.gpu))
+    monkeypatch.setattr(mx, "from_fp8", lambda codes, dtype: (codes, dtype))
+    codes = mx.array([1], mx.uint8)
+    assert decode_e4m3(codes) == (codes, mx.float32)
 
 
 # ---- quantize

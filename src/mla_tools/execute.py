@@ -36,8 +36,10 @@ Parts = Mapping[str, "mx.array"]
 Progress = Callable[[int], None]
 
 
-def transform(step: Step, slab: Slab, parts: Sequence[Parts]) -> list[dict[str, mx.array]]:
-    """Return the stored parts of each written block of a slab, unevaluated.
+def transform(
+    step: Step, slab: Slab, parts: Sequence[Parts], *, now: bool = False
+) -> list[dict[str, mx.array]]:
+    """Return the stored parts of each written block of a slab, unevaluated; `now`: perhaps evaluated.
 
     `parts` holds for each read block the rows of its source's parts that the codec's `cut` names, as
     two-axis arrays. The results have the shape of the written block, but for the last axis.
@@ -59,7 +61,8 @@ def transform(step: Step, slab: Slab, parts: Sequence[Parts]) -> list[dict[str, 
                 arrays.append(array.reshape(read.shape))
             with _named(step.sources[0]):
                 decoded[dtype.name] = step.op.apply(arrays)
-        results.append(target.codec.encode(decoded[dtype.name][output]))
+        encode = target.codec.encode_now if now else target.codec.encode
+        results.append(encode(decoded[dtype.name][output]))
     return results
 
 
@@ -286,7 +289,7 @@ def _slab(
     import mlx.core as mx
     import numpy as np
 
-    results = transform(step, slab, _read(step, slab, plan, reader, arena))
+    results = transform(step, slab, _read(step, slab, plan, reader, arena), now=True)
     written = []
     for block, result in zip(slab.writes, results, strict=True):
         if block.index in wanted:

@@ -1,12 +1,14 @@
-"""`encode_mxfp4` and `encode_nvfp4`: the bits of `mx.quantize` on a CPU, an order of magnitude sooner.
+"""What MLX computes slowly on a CPU, in fewer or cheaper steps and to the same bits.
 
-MLX has no kernel for these modes on a CPU: it lays the distances to all 16 code points out beside every
-element and takes the smallest. Here the code is read off the bits of the same quotient by comparing them
-with the seven midpoints between neighbouring code points. The scales come from MLX's own operations in
-the dtype of the weight, one for each group, so that what they make of infinities and NaN is the same on
-every platform. The arrays stay lazy, and this module can be imported without mlx.
+For mxfp4 and nvfp4 MLX has no kernel on a CPU: it lays the distances to all 16 code points out beside
+every element and takes the smallest. Here the code is read off the bits of the same quotient by comparing
+them with the seven midpoints between neighbouring code points. The scales come from MLX's own operations
+in the dtype of the weight, one for each group, so that what they make of infinities and NaN is the same on
+every platform. For affine codes and for E4M3 it has kernels that take one element after the other; here
+they are put together from operations on whole arrays. This module can be imported without mlx.
 
-Source: experiments with mlx 0.32.4, with the graph that its `quantize` builds, and mlx/ops.cpp.
+Source: experiments with mlx 0.32.4, with the graph that its `quantize` builds, mlx/ops.cpp and
+mlx/backend/cpu/quantized.cpp.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["encode_mxfp4", "encode_nvfp4"]
+__all__ = ["AFFINE_BLOCK", "BLOCK", "decode_e4m3", "encode_affine", "encode_mxfp4", "encode_nvfp4"]
 
 # The magnitudes of E2M1, in the order of their codes, are 0, 0.5, 1, 1.5, 2, 3, 4 and 6. These lie
 # halfway between; a tie goes to the lower code, which is towards zero for either sign.
@@ -33,7 +35,16 @@ _LARGEST = 6.0
 _ALL_ALIKE = 2.0**27
 
 # Elements that are encoded together: the temporaries of one block stay in the caches.
-_BLOCK = 1 << 18
+BLOCK = 1 << 18
+
+# Those of affine codes: more of them, because the operations are fewer and cheaper.
+AFFINE_BLOCK = 1 << 19
+
+# Added to a float32 from 0 to 2^22, this rounds it, halves to even, and leaves the number in the low bits.
+_ROUNDING = 1.5 * 2**23
+
+# What MLX takes for the scale of a group whose elements are all alike.
+_LEAST_SCALE = 1e-7
 
 
 def encode_mxfp4(array: mx.array) -> dict[str, mx.array]:
@@ -55,6 +66,116 @@ def encode_nvfp4(array: mx.array) -> dict[str, mx.array]:
     dtype, no axes, or a width that 16 does not divide.
     """
     return _encode(array, 16, _e4m3)
+
+
+def encode_affine(array: mx.array, group_size: int, bits: int) -> dict[str, mx.array]:
+    """Return the weight, scales and biases of `array` in affine codes of so many bits, evaluated.
+
+    [..., width] bfloat16, float16 or float32 becomes weight [..., width * bits / 32] uint32, scales and
+    biases [..., width / group_size] in the dtype of `array`. The bits are those of
+    `mx.quantize(array, group_size, bits)` on a CPU, which makes them where `array` holds NaN or infinity.
+    Raises ValueError for another dtype, fewer than two axes, or a width that the group does not divide.
+    """
+    import mlx.core as mx
+
+    _refuse(array, group_size)
+    if array.ndim < 2:
+        raise ValueError(f"an array of shape {array.shape} has no rows to be encoded")
+    groups = mx.contiguous(array).reshape(-1, group_size)
+    bounds = _bounds(groups)
+    if bounds is None:
+        parts = dict(zip(("weight", "scales", "biases"), mx.quantize(array, group_size, bits), strict=True))
+        mx.eval(parts)
+        return parts
+    scales, biases = _affine_scales(*bounds, top=2**bits - 1)
+    words = []
+    for start in range(0, len(groups), AFFINE_BLOCK // group_size):
+        rows = slice(start, start + AFFINE_BLOCK // group_size)
+        quotients = (groups[rows].astype(mx.float32) - biases[rows]) / scales[rows]
+        # Below 8 bits what is one more than the largest code fits into a byte, too.
+        codes = (quotients + _ROUNDING).view(mx.uint32).astype(mx.uint16 if bits == 8 else mx.uint8)
+        words.append(_joined_bits(mx.minimum(codes, 2**bits - 1).astype(mx.uint8), bits))
+        mx.eval(words[-1])
+    *head, width = array.shape
+    parts = {
+        "weight": _joined(words, mx.uint32).reshape(*head, width * bits // 32),
+        "scales": scales.astype(array.dtype).reshape(*head, width // group_size),
+        "biases": biases.astype(array.dtype).reshape(*head, width // group_size),
+    }
+    mx.eval(parts)
+    return parts
+
+
+def _bounds(groups: mx.array) -> tuple[mx.array, mx.array] | None:
+    """Return the largest and the smallest element of each group, or None if one of them is not finite."""
+    import mlx.core as mx
+
+    # The bits of floats are in order as signed integers if they are positive, and in the opposite order
+    # as unsigned ones if they are negative; MLX reduces integers several times faster than floats.
+    bits = _bits(groups)
+    signed = bits.view(mx.int32 if bits.dtype.size == 4 else mx.int16)
+    sign = 1 << (8 * bits.dtype.size - 1)
+    largest = mx.max(signed, axis=-1, keepdims=True).view(bits.dtype)
+    smallest = mx.max(bits, axis=-1, keepdims=True)
+    alike = mx.any(largest >= sign) | mx.any(smallest < sign)
+    mx.eval(largest, smallest, alike)
+    if alike.item():
+        # Where all have the same sign, one bound is what lies nearest to zero.
+        nearest = mx.min(bits, axis=-1, keepdims=True)
+        largest = mx.where(largest < sign, largest, nearest)
+        smallest = mx.where(smallest < sign, nearest, smallest)
+    bounds = tuple(bound.view(groups.dtype).astype(mx.float32) for bound in (largest, smallest))
+    if not mx.all(mx.isfinite(bounds[0]) & mx.isfinite(bounds[1])).item():
+        return None
+    return bounds[0], bounds[1]
+
+
+def _affine_scales(largest: mx.array, smallest: mx.array, top: int) -> tuple[mx.array, mx.array]:
+    """Return the scales and biases of groups in float32, step for step as MLX's kernel makes them."""
+    import mlx.core as mx
+
+    below = mx.abs(smallest) > mx.abs(largest)
+    scales = mx.maximum((largest - smallest) / top, _LEAST_SCALE)
+    scales = mx.where(below, scales, -scales)
+    # The end that is farther from zero is hit exactly.
+    end = mx.where(below, smallest, largest)
+    steps = mx.round(end / scales)
+    return mx.where(steps == 0, scales, end / steps), mx.where(steps == 0, 0.0, end)
+
+
+def _joined_bits(codes: mx.array, bits: int) -> mx.array:
+    """Return codes, uint8, as words of uint32 without gaps, the first in the lowest bits."""
+    import mlx.core as mx
+
+    held = bits
+    while held <= 4:
+        # Two bytes with room for each other: the second's bits are moved into the first.
+        pairs = codes.view(mx.uint16)
+        codes = (pairs | (pairs >> (8 - held))).astype(mx.uint8)
+        held *= 2
+    if held == 8:
+        return codes.view(mx.uint32)
+    for lane in (mx.uint16, mx.uint32, mx.uint64):
+        # Two lanes as one of twice the width, in which the second's bits lie above the first's.
+        pairs, below = codes.view(lane), (1 << held) - 1
+        codes = (pairs & below) | ((pairs >> (4 * lane.size - held)) & (below << held))
+        held *= 2
+    octets = codes.view(mx.uint8).reshape(*codes.shape, 8)[..., : held // 8]
+    return mx.contiguous(octets.reshape(len(codes), -1)).view(mx.uint32)
+
+
+def decode_e4m3(codes: mx.array) -> mx.array:
+    """Return the numbers of E4M3 codes, uint8, in float32: those of `mx.from_fp8`, any NaN for NaN."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.gpu:  # which has no numbers as small as these below
+        return mx.from_fp8(codes, dtype=mx.float32)
+    # With its sign moved up, E4M3 is a bfloat16 of 2^-120 times its size. Copies of the sign fill the
+    # bits above when the byte is widened, and all but the first are masked. S.1111.111 is NaN: adding
+    # one carries into bit 7, and 255 times that are the exponent bits.
+    small = ((codes.view(mx.int8).astype(mx.int16) << 4) & -0x7810).view(mx.uint16)
+    nan = (((codes & 0x7F) + 1) & 0x80).astype(mx.uint16) * 0xFF
+    return (small | nan).view(mx.bfloat16).astype(mx.float32) * 2.0**120
 
 
 def _e8m0(steps: mx.array) -> tuple[mx.array, mx.array]:
@@ -83,28 +204,34 @@ def _encode(
 ) -> dict[str, mx.array]:
     import mlx.core as mx
 
-    if array.dtype not in (mx.bfloat16, mx.float16, mx.float32):
-        raise ValueError(f"an array of {array.dtype} cannot be encoded; bfloat16, float16 and float32 can")
-    if array.ndim == 0 or array.shape[-1] % group_size:
-        raise ValueError(f"group size {group_size} does not divide the last axis of shape {array.shape}")
+    _refuse(array, group_size)
     count = array.size // group_size
     groups = array.reshape(count, group_size)
     words: list[mx.array] = []
     scales: list[mx.array] = []
-    for start in range(0, count, _BLOCK // group_size):
-        block = groups[start : start + _BLOCK // group_size]
+    for start in range(0, count, BLOCK // group_size):
+        block = groups[start : start + BLOCK // group_size]
         if words:
             # One block after the other, or MLX would begin several and hold their temporaries.
             (block,) = mx.depends([block], [words[-1]])
         largest = mx.max(_magnitudes(_bits(block)), axis=-1, keepdims=True).view(array.dtype)
         block_scales, divisors = scaling(largest / _LARGEST)
-        words.append(_packed(_codes(block, divisors)))
+        words.append(_joined_bits(_codes(block, divisors), 4))
         scales.append(block_scales)
     rows, width = array.shape[:-1], array.shape[-1]
     return {
         "weight": _joined(words, mx.uint32).reshape(*rows, width // 8),
         "scales": _joined(scales, mx.uint8).reshape(*rows, width // group_size),
     }
+
+
+def _refuse(array: mx.array, group_size: int) -> None:
+    import mlx.core as mx
+
+    if array.dtype not in (mx.bfloat16, mx.float16, mx.float32):
+        raise ValueError(f"an array of {array.dtype} cannot be encoded; bfloat16, float16 and float32 can")
+    if array.ndim == 0 or array.shape[-1] % group_size:
+        raise ValueError(f"group size {group_size} does not divide the last axis of shape {array.shape}")
 
 
 def _joined(blocks: list[mx.array], dtype: mx.Dtype) -> mx.array:
@@ -180,12 +307,3 @@ def _joined_by_rounding(quotients: mx.array) -> mx.array:
 def _upper_bits(number: float) -> int:
     """Return the bits of bfloat16, which are the upper half of those of float32."""
     return int.from_bytes(struct.pack(">f", number)[:2])
-
-
-def _packed(codes: mx.array) -> mx.array:
-    """Return the codes, uint8, as uint32 words of eight, the first in the lowest bits."""
-    import mlx.core as mx
-
-    # Two bytes, the high nibble of each empty, are folded into the lower byte.
-    pairs = codes.view(mx.uint16)
-    return (pairs | (pairs >> 4)).astype(mx.uint8).view(mx.uint32)

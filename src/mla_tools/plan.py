@@ -42,6 +42,7 @@ from mla_tools.errors import (
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.files.place import File
 from mla_tools.files.safetensors import Layout, layout
+from mla_tools.kernels import AFFINE_BLOCK, BLOCK
 from mla_tools.ops import Indices, Op, Same
 from mla_tools.precision import expected_error
 from mla_tools.quantization import QuantSpec, recipe_spec
@@ -89,12 +90,12 @@ _BYTES_PER_TENSOR = 1200
 
 # Bytes of working memory for each element of a slab beyond what is read and what is written, the growth
 # of mx.get_peak_memory. Codes that are decoded, at worst; codes that are packed in another way; and, for
-# each byte of the float dtype, what encoders need. Those of the 4-bit float modes work on a block at a time.
+# each byte of the float dtype, what encoders need. Some of them work on a block at a time: its elements,
+# and the same for each of these.
 _DECODED = 13
 _REPACKED = 5
-_ENCODED = {"affine": 0.0, "mxfp8": 2.5, "mxfp4": 2.0, "nvfp4": 2.0}
-_BLOCK_ENCODED = {"mxfp4": 20, "nvfp4": 20}
-_BLOCK_ELEMENTS = 1 << 18
+_ENCODED = {"affine": 0.7, "mxfp8": 2.5, "mxfp4": 2.0, "nvfp4": 2.0}
+_BLOCK_ENCODED = {"affine": (AFFINE_BLOCK, 8), "mxfp4": (BLOCK, 20), "nvfp4": (BLOCK, 20)}
 
 # MLX takes whole pages for its buffers, of which a slab has a few.
 _PAGES = 1 << 16
@@ -1213,8 +1214,9 @@ def _slab_bytes(step: Step, limit: int) -> int:
         each += width
     modes = [target.codec.spec.mode for target in made if isinstance(target.codec, MlxQuantized)]
     each += width * max((_ENCODED[mode] for mode in modes), default=0.0)
-    block = width * max((_BLOCK_ENCODED.get(mode, 0) for mode in modes), default=0)
-    return read + written + int(elements * each) + min(elements, _BLOCK_ELEMENTS) * block
+    blocks = [_BLOCK_ENCODED.get(mode, (0, 0)) for mode in modes]
+    block = max((min(elements, most) * needed for most, needed in blocks), default=0)
+    return read + written + int(elements * each) + width * block
 
 
 def _rows_bytes(tensor: Source | Target, start: int, stop: int) -> int:

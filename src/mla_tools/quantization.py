@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.encoders import encode_mxfp4, encode_nvfp4
 from mla_tools.errors import UsageError
+from mla_tools.kernels import encode_mxfp4, encode_nvfp4
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_tools.codecs import mlx_quantized
 from mla_tools.codecs.codec import Module
 from mla_tools.codecs.mlx_quantized import MlxQuantized, claim, recast
 from mla_tools.quantization import MODES, QuantSpec
@@ -87,9 +88,23 @@ def test_the_word_is_what_people_call_it(spec: QuantSpec) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
 def test_encode_gives_the_bits_of_mlx(spec: QuantSpec, dtype: DType) -> None:
     codec = MlxQuantized(spec, dtype, spec.has_biases)
-    got, wanted = codec.encode(random(2, 5, WIDTH, dtype=FLOATS[dtype])), quantized(codec, 2, 5, WIDTH)
-    assert got.keys() == wanted.keys()
-    assert all(same(got[part], wanted[part]) for part in wanted)
+    array, wanted = random(2, 5, WIDTH, dtype=FLOATS[dtype]), quantized(codec, 2, 5, WIDTH)
+    for got in (codec.encode(array), codec.encode_now(array)):
+        assert got.keys() == wanted.keys()
+        assert all(same(got[part], wanted[part]) for part in wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_affine_is_encoded_by_mlx_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    kind = getattr(mx.DeviceType, device)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(kind))
+    monkeypatch.setattr(mlx_quantized, "encode_affine", lambda *args: calls.append("cpu") or {})
+    monkeypatch.setattr(mlx_quantized, "quantize", lambda *args: calls.append("gpu") or {})
+    codec = MlxQuantized(QuantSpec("affine", 4, 64), DType.BF16, biases=True)
+    codec.encode_now(random(2, WIDTH, dtype=mx.bfloat16))
+    codec.encode(random(2, WIDTH, dtype=mx.bfloat16))  # lazily, and so by MLX everywhere
+    assert calls == [device, "gpu"]
 
 
 @pytest.mark.parametrize(

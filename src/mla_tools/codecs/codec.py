@@ -93,6 +93,10 @@ class Codec(Protocol):
         """
         ...
 
+    def encode_now(self, array: mx.array) -> dict[str, mx.array]:
+        """Return what `encode` does, perhaps evaluated, where that is sooner done."""
+        return self.encode(array)
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mla_tools.codecs.codec import Codec, Rows, refuse
 from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.errors import MlaToolsError
+from mla_tools.kernels import decode_e4m3
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
 
@@ -103,8 +104,14 @@ class Fp8Block(Codec):
         import mlx.core as mx
 
         codes = parts["weight"]
-        scales = self._spread(_floats(parts[self.part], self.scales), start, stop, codes.shape[-1], 1)
-        return (mx.from_fp8(codes, dtype=mx.float32) * scales).astype(getattr(mx, dtype.mlx))
+        scales = self._of_rows(_floats(parts[self.part], self.scales), start, stop)
+        values = decode_e4m3(codes)
+        if self.block[1] == WHOLE or values.shape[-1] % self.block[1]:
+            values = values * self._spread(scales, values.shape[-1], 1)
+        else:
+            blocks = values.reshape(stop - start, -1, self.block[1])
+            values = (blocks * scales[:, :, None]).reshape(values.shape)
+        return values.astype(getattr(mx, dtype.mlx))
 
     def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
         """Return rows start..stop as mxfp8, bit for bit; this looks at the scales' values.
@@ -117,7 +124,8 @@ class Fp8Block(Codec):
         if not self.packs:
             raise TypeError(f"MLX has no form of {self.word}")
         codes = parts["weight"]
-        scales = self._spread(self._bytes(parts[self.part]), start, stop, codes.shape[-1], GROUP)
+        scales = self._of_rows(self._bytes(parts[self.part]), start, stop)
+        scales = self._spread(scales, codes.shape[-1], GROUP)
         return {"weight": mx.contiguous(codes).view(mx.uint32), "scales": scales}
 
     def check(self, parts: Mapping[str, mx.array]) -> None:
@@ -161,8 +169,8 @@ class Fp8Block(Codec):
             row = row % self.experts
         return before if self.block[0] == WHOLE else before + row // self.block[0]
 
-    def _spread(self, scales: mx.array, start: int, stop: int, width: int, unit: int) -> mx.array:
-        """Return a scale for each `unit` values of the rows start..stop, from the stored scales."""
+    def _of_rows(self, scales: mx.array, start: int, stop: int) -> mx.array:
+        """Return the scales of each of the rows start..stop, [rows, blocks], from the stored scales."""
         import mlx.core as mx
 
         # The row of blocks with which the stored scales at hand begin.
@@ -171,9 +179,14 @@ class Fp8Block(Codec):
             scales = scales.reshape(-1, 1)
             whole_experts = self.axes == 1 and self.experts
             first = start // self.experts * self._down(self.experts) if whole_experts else 0
-        scales = scales[self._scale_row(mx.arange(start, stop)) - first]
+        return scales[self._scale_row(mx.arange(start, stop)) - first]
+
+    def _spread(self, scales: mx.array, width: int, unit: int) -> mx.array:
+        """Return a scale for each `unit` values of rows of this width, from those of their blocks."""
+        import mlx.core as mx
+
         if self.block[1] == WHOLE:
-            return mx.broadcast_to(scales, (stop - start, width // unit))
+            return mx.broadcast_to(scales, (scales.shape[0], width // unit))
         return mx.repeat(scales, self.block[1] // unit, axis=1)[:, : width // unit]
 
     def _bytes(self, scales: mx.array) -> mx.array:

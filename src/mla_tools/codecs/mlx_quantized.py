@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mla_tools.codecs.codec import Claim, Codec, Module, Rows, refuse
+from mla_tools.kernels import encode_affine
 from mla_tools.quantization import QuantSpec, dequantize, infer_spec, quantize, with_biases
 from mla_tools.spec import DType, Spec
 
@@ -113,6 +114,13 @@ class MlxQuantized(Codec):
         if self.shared is not None:
             raise TypeError("global scales are kept and never made")
         return quantize(array, self.spec)
+
+    def encode_now(self, array: mx.array) -> dict[str, mx.array]:
+        import mlx.core as mx
+
+        if self.spec.mode == "affine" and mx.default_device().type == mx.DeviceType.cpu and array.ndim > 1:
+            return encode_affine(array, self.spec.group_size, self.spec.bits)
+        return self.encode(array)
 
 
 def recast(parts: Mapping[str, mx.array], dtype: DType) -> dict[str, mx.array]:
