@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tools.files.checkpoint import Checkpoint, Stored
+from mla_tools.files.place import Folder
 from mla_tools.spec import DType, Spec
 
 __all__ = ["LISTINGS", "Listing", "checkpoint", "expand", "load"]
@@ -84,4 +85,4 @@ def checkpoint(listing: str) -> Checkpoint:
             offset = _HEADER
         tensors[name] = Stored(shards[-1], offset, spec)
         offset += spec.nbytes
-    return Checkpoint(folder, found.config, tensors, tuple(shards), (), (), (), {})
+    return Checkpoint(Folder(folder), found.config, tensors, tuple(shards), (), (), (), {})

@@ -274,11 +274,13 @@ def rows_bytes(codec: Codec, spec: Spec, start: int, stop: int) -> int:
 def test_no_slab_holds_more_than_the_peak(family: str, flags: str) -> None:
     plan = plan_of(family, flags)
     work = plan.workload(ENOUGH, threads=1)
-    peak = work.peak_bytes - base_of(plan)
-    assert all(in_and_out(step, slab) <= peak for step in plan.steps for slab in slabs(step, work))
-    for threads in (2, 3, 8):
+    slab_bytes = work.peak_bytes - work.cache_bytes - base_of(plan)
+    assert all(in_and_out(step, slab) <= slab_bytes for step in plan.steps for slab in slabs(step, work))
+    for threads in (1, 2, 3, 8):
+        held = threads * slab_bytes
         more = plan.workload(ENOUGH, threads)
-        assert more == Workload(threads, work.slab_elements, base_of(plan) + threads * peak)
+        # A quarter of what is held may be kept after it is freed.
+        assert more == Workload(threads, work.slab_elements, base_of(plan) + held + held // 4, held // 4)
 
 
 @pytest.mark.parametrize(("family", "flags"), CASES)
@@ -309,7 +311,7 @@ def test_a_budget_is_kept_until_nothing_smaller_works(family: str, flags: str) -
 def test_the_peak_of_a_large_model_is_that_of_a_slab(name: str, quantize: QuantSpec | None) -> None:
     plan = make_plan(checkpoint(name), Options(quantize=quantize))
     work = plan.workload(ENOUGH, threads=1)
-    peak = work.peak_bytes - base_of(plan)
+    peak = work.peak_bytes - work.cache_bytes - base_of(plan)
     # A hundredth of the smallest of these models, and less than a layer of it.
     assert work.slab_elements < peak < 200_000_000
     largest: dict[str, Step] = {}

@@ -22,6 +22,7 @@ from mla_tools.files.hub import locate
 from mla_tools.output import check_output, how_to_go_on, is_unfinished
 from mla_tools.plan import (
     MAX_MEMORY,
+    NETWORK_THREADS,
     THREADS,
     EmbedQ,
     Options,
@@ -487,7 +488,8 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         default=f"{MAX_MEMORY // 10**9}GB",
         help="what the whole process may take, such as 500MB (default: %(default)s)",
     )
-    add("--threads", type=_count, default=THREADS, help="that compute at a time (default: %(default)s)")
+    few, many = THREADS, NETWORK_THREADS
+    add("--threads", type=_count, help=f"that read and compute (default: {few}; {many} over a network)")
     add(
         "--keep-mtp",
         action="store_true",

@@ -28,9 +28,6 @@ __all__ = ["Device", "execute", "transform"]
 # Slabs handed to the threads beyond those in work, so that none waits for the next.
 _AHEAD = 2
 
-# The share of the slabs' memory that MLX may keep of freed buffers to use them again.
-_CACHED = 4
-
 Device = Literal["cpu", "gpu"]
 Parts = Mapping[str, "mx.array"]
 Progress = Callable[[int], None]
@@ -167,7 +164,7 @@ def _run(plan: Plan, output: Output, workload: Workload, device: Device, progres
     import mlx.core as mx
 
     where = mx.cpu if device == "cpu" else mx.gpu
-    mx.set_cache_limit(workload.peak_bytes // _CACHED)
+    mx.set_cache_limit(workload.cache_bytes)
     local = threading.local()
     first_targets, count = [], 0
     for step in plan.steps:

@@ -52,6 +52,7 @@ from mla_tools.spec import DType, Spec
 
 __all__ = [
     "MAX_MEMORY",
+    "NETWORK_THREADS",
     "SLAB_ELEMENTS",
     "THREADS",
     "Drop",
@@ -79,7 +80,9 @@ SLAB_ELEMENTS = 8 << 20
 _WORTH_A_THREAD = 1 << 20
 
 # Two MLX streams keep two cores busy and overlap reading with computing; a third gains nothing there.
+# What comes over a network is mostly waited for, and each thread waits for a request of its own.
 THREADS = 2
+NETWORK_THREADS = 8
 
 MAX_MEMORY = 2 * 10**9
 
@@ -99,6 +102,9 @@ _BLOCK_ENCODED = {"affine": (AFFINE_BLOCK, 8), "mxfp4": (BLOCK, 20), "nvfp4": (B
 
 # MLX takes whole pages for its buffers, of which a slab has a few.
 _PAGES = 1 << 16
+
+# The share of the slabs' memory that MLX may keep of freed buffers to use them again.
+_CACHED = 4
 
 # Output files are filled up to this, as mlx-lm does it.
 SHARD_BYTES = 5 << 30
@@ -268,11 +274,15 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Workload:
-    """How a plan is carried out: threads, elements of a slab, and the bytes of memory that this takes."""
+    """How a plan is carried out: threads, elements of a slab, and the bytes of memory that this takes.
+
+    MLX may keep `cache_bytes` of buffers that were freed, to use them again; they are among `peak_bytes`.
+    """
 
     threads: int
     slab_elements: int
     peak_bytes: int
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -322,28 +332,31 @@ class Plan:
         """What the K halves of packed kv_b_proj become, in bytes and precision."""
         return _embed_q_costs(self.steps)
 
-    def workload(self, max_memory: int = MAX_MEMORY, threads: int = THREADS) -> Workload:
+    def workload(self, max_memory: int = MAX_MEMORY, threads: int | None = None) -> Workload:
         """Return how to work within so many bytes of memory, with at most so many threads.
 
-        Slabs become smaller before threads become fewer, as long as slabs are worth a thread. Raises
-        MlaToolsError that names the smallest budget, if this one is too small.
+        Left out, these are 2, or 8 where data comes over a network. Slabs become smaller before threads
+        become fewer, as long as slabs are worth a thread. Raises MlaToolsError that names the smallest
+        budget, if this one is too small.
         """
+        threads = threads or (THREADS if self.checkpoint.place.local else NETWORK_THREADS)
         base = _BASE_BYTES + _BYTES_PER_TENSOR * len(self.checkpoint.tensors)
         unlike = self._unlike_steps()
 
-        def peak(count: int, elements: int) -> int:
-            return base + count * max((_slab_bytes(step, elements) for step in unlike), default=0)
+        def work(count: int, elements: int) -> Workload:
+            slabs = count * max((_slab_bytes(step, elements) for step in unlike), default=0)
+            return Workload(count, elements, base + slabs + slabs // _CACHED, slabs // _CACHED)
 
         sizes = [SLAB_ELEMENTS >> shift for shift in range(SLAB_ELEMENTS.bit_length())]
         worth = [size for size in sizes if size >= _WORTH_A_THREAD]
         choices = [(count, size) for count in range(threads, 0, -1) for size in worth]
         choices += [(1, size) for size in sizes if size < _WORTH_A_THREAD]
-        for count, size in choices:
-            if (needed := peak(count, size)) <= max_memory:
-                return Workload(count, size, needed)
+        for choice in choices:
+            if (found := work(*choice)).peak_bytes <= max_memory:
+                return found
         raise MlaToolsError(
             f"This conversion does not work in {max_memory:,} bytes of memory;"
-            f" the least is --max-memory {-(-peak(1, 1) // 10**6)}MB."
+            f" the least is --max-memory {-(-work(1, 1).peak_bytes // 10**6)}MB."
         )
 
     def _unlike_steps(self) -> list[Step]:

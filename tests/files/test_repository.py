@@ -623,6 +623,9 @@ def test_every_way_to_name_a_repository(
 ) -> None:
     assert cli.main(["plan", *named, "-q"]) == 0
     found = capsys.readouterr().out
+    assert "with 8 threads" in found  # of which most wait
+    assert cli.main(["plan", *named, "-q", "--threads", "2"]) == 0
+    found = capsys.readouterr().out
     assert cli.main(["plan", str(sample), "-q"]) == 0
     assert found == capsys.readouterr().out
     assert cli.main(["inspect", *named, "--json"]) == 0
