@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tools import kernels, quantization
-from mla_tools.kernels import decode_e4m3, encode_affine, encode_mxfp4, encode_nvfp4
+from mla_tools.kernels import decode_e2m1, decode_e4m3, encode_affine, encode_mxfp4, encode_nvfp4
 from mla_tools.quantization import MODES as MODES_OF_MLX
 from mla_tools.quantization import QuantSpec, quantize
 
@@ -421,7 +421,7 @@ def test_affine_in_threads_with_streams_of_their_own() -> None:
         assert all(np.array_equal(result, np.array(expected)) for result in pool.map(work, range(8)))
 
 
-# ---- E4M3
+# ---- E4M3 and E2M1
 
 
 def test_every_code_of_e4m3_is_the_number_of_mlx_and_of_ml_dtypes() -> None:
@@ -430,6 +430,19 @@ def test_every_code_of_e4m3_is_the_number_of_mlx_and_of_ml_dtypes() -> None:
     assert np.array_equal(numbers, codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32), equal_nan=True)
     assert np.array_equal(numbers, np.array(mx.from_fp8(mx.array(codes), mx.float32)), equal_nan=True)
     assert np.array_equal(np.signbit(numbers), codes >= 128)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_every_pair_of_codes_of_e2m1_is_that_of_ml_dtypes(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = getattr(mx.DeviceType, device)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(kind))
+    packed = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(2, 256)
+    expected = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    numbers = np.array(decode_e2m1(mx.array(packed)))
+    assert np.array_equal(numbers.view(np.uint32), expected.view(np.uint32))
 
 
 def test_a_gpu_decodes_e4m3_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:

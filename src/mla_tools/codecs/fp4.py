@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample, part_name, refuse
 from mla_tools.codecs.mlx_quantized import GLOBAL_SCALE, NEUTRAL, MlxQuantized
 from mla_tools.errors import MlaToolsError
+from mla_tools.kernels import decode_e2m1
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 __all__ = ["SAMPLES", "Fp4", "claim"]
-
-# The values of the codes 0 to 7; bit 3 is the sign.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 _PACKED = frozenset({DType.U8, DType.I8})
 _NAN = 255  # the E8M0 byte that is no number
@@ -90,11 +88,9 @@ class Fp4(Codec):
     def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
-        packed = parts[self.codes].view(mx.uint8)
-        table = mx.array([*_E2M1, *(-value for value in _E2M1)], dtype=mx.float32)
-        # [rows, bytes] -> [rows, bytes, 2] -> [rows, width], low nibble first
-        values = table[mx.stack([packed & 15, packed >> 4], axis=-1)].reshape(packed.shape[0], -1)
-        values = values * mx.repeat(self._scales(parts), self.group, axis=1)
+        packed, scales = parts[self.codes].view(mx.uint8), self._scales(parts)
+        values = decode_e2m1(packed).reshape(*scales.shape, self.group) * scales[..., None]
+        values = values.reshape(packed.shape[0], -1)
         if self.overall is not None:
             overall = parts[self.overall].reshape(())
             values = values / overall if self.divides else values * overall
