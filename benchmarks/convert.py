@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from large import build, machine, ours, run, theirs, weights
+from large import Cost, build, machine, ours, run, theirs, weights
 
 # route -> format of the source, flags, whether mlx-lm can do the same. FP8 it reads as DeepSeek V3 alone.
 ROUTES = {
@@ -58,24 +58,27 @@ def _measure(route: str, layers: int, rounds: int, work: Path) -> None:
     tools = {"mla-sanitize": ours(source, out, *flags)}
     if mlx_lm_too:
         tools["mlx_lm.convert"] = theirs(source, out, *flags)
-    best: dict[str, tuple[float, int]] = {}
+    best: dict[str, Cost] = {}
     copying = float("inf")
     for _ in range(rounds):
         for tool, command in tools.items():
             shutil.rmtree(out, ignore_errors=True)
-            seconds, peak = run(command)
-            old = best.get(tool, (float("inf"), 0))
-            best[tool] = (min(seconds, old[0]), max(peak, old[1]))
+            cost = run(command, out)
+            old = best.get(tool, Cost(float("inf"), 0, float("inf")))
+            best[tool] = Cost(
+                min(cost.seconds, old.seconds), max(cost.peak, old.peak), min(cost.first, old.first)
+            )
             if tool == "mla-sanitize":
                 written = sum(path.stat().st_size for path in out.iterdir())
                 copying = min(copying, _copying(source, out, work))
     print(f"\n{route}: {nbytes / 1e9:.2f} GB to {written / 1e9:.2f} GB; reading and copying: {copying:.1f} s")
     base = best.get("mlx_lm.convert")
-    for tool, (seconds, peak) in best.items():
+    for tool, (seconds, peak, first) in best.items():
         ratio = f"{seconds / copying:.2f} x copying"
         if base is not None:
-            ratio += f", {seconds / base[0]:.2f} x mlx-lm's time, {peak / base[1]:.2f} x its memory"
-        print(f"  {tool:<16} {seconds:6.1f} s  {peak / 1e6:8.0f} MB  {ratio}", flush=True)
+            ratio += f", {seconds / base.seconds:.2f} x mlx-lm's time, {peak / base.peak:.2f} x its memory"
+        begun = f"weights after {first:.1f} s"
+        print(f"  {tool:<16} {seconds:6.1f} s  {peak / 1e6:8.0f} MB  {begun}  {ratio}", flush=True)
 
 
 def _copying(source: Path, out: Path, work: Path) -> float:

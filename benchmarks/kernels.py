@@ -1,29 +1,14 @@
-"""MB/s of our encoders beside `mx.quantize` on one CPU core, for each mode and dtype, in one run.
+"""MB/s of our kernels for a CPU beside MLX's own on one core, in one run.
 
-    python benchmarks/encoders.py [--elements 8388608] [--rounds 5] [--json FILE]
+    python benchmarks/kernels.py [--elements 4194304] [--rounds 5] [--json FILE]
 
 MLX computes on a CPU in one thread for each stream, and here there is one stream, so one core works at a
 time. What counts is the CPU time of the process (user and system, all threads), which other processes on
 the machine disturb less than the wall clock. The tools alternate, and the best round of each counts. The
 array has the elements of a slab, 0.02 times normal noise; MB are those of the input, in its own dtype.
-Affine and mxfp8 are left to MLX, and are measured for the record.
+Affine is 4 bits in groups of 64. E2M1, for which MLX has no function, is beside looking a table up.
 
-2026-11-21, AMD EPYC (Zen 3, virtual, shared), mlx 0.32.4, pinned to one core with taskset, 3 rounds:
-
-    mode    dtype        mx.quantize          ours   ratio   peak bytes an element
-    mxfp4   bfloat16         22 MB/s      422 MB/s    18.7   41.4 -> 1.3
-    mxfp4   float16           8 MB/s      250 MB/s    31.3   41.4 -> 1.6
-    mxfp4   float32          50 MB/s      581 MB/s    11.7   77.3 -> 1.9
-    nvfp4   bfloat16         24 MB/s      491 MB/s    20.6   77.1 -> 1.4
-    nvfp4   float16          21 MB/s      284 MB/s    13.6   77.1 -> 2.0
-    nvfp4   float32          49 MB/s      608 MB/s    12.3   77.1 -> 2.1
-    mxfp8   bfloat16        354 MB/s             -       -   5.9
-    mxfp8   float16         110 MB/s             -       -   5.9
-    mxfp8   float32         648 MB/s             -       -   9.8
-    affine  bfloat16        555 MB/s             -       -   0.6
-    affine  float16         346 MB/s             -       -   0.6
-    affine  float32        1298 MB/s             -       -   0.6
-"""
+FIGURES"""
 
 from __future__ import annotations
 
@@ -34,26 +19,33 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mla_tools.kernels import encode_mxfp4, encode_nvfp4
+from mla_tools.kernels import decode_e2m1, decode_e4m3, encode_affine, encode_mxfp4, encode_nvfp4
 
-OURS = {"mxfp4": encode_mxfp4, "nvfp4": encode_nvfp4}
+Work = Callable[[], Sequence[mx.array]]
+
+ENCODERS: dict[str, Callable[[mx.array], dict[str, mx.array]]] = {
+    "mxfp4": encode_mxfp4,
+    "nvfp4": encode_nvfp4,
+    "affine": lambda array: encode_affine(array, 64, 4),
+}
 WIDTH = 2048
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Work) -> float:
     """Return the CPU seconds of one call, evaluated."""
     start = time.process_time()
     mx.eval(work())
     return time.process_time() - start
 
 
-def peak(work: Callable[[], Any]) -> int:
+def peak(work: Work) -> int:
     """Return the bytes that one call holds at its peak, its result included."""
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -70,37 +62,30 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def measure(array: mx.array, mode: str, rounds: int) -> dict[str, float]:
-    """Return MB/s and peak bytes per element of MLX and, where there is one, of our encoder."""
-    mx.eval(array)
-
-    def theirs() -> Any:
-        return mx.quantize(array, mode=mode)
-
-    tools: dict[str, Callable[[], Any]] = {"mlx": theirs}
-    if mode in OURS:
-        tools["ours"] = lambda: OURS[mode](array)
-        weight, scales = theirs()
-        parts = OURS[mode](array)
-        assert mx.array_equal(parts["weight"], weight)
-        assert mx.array_equal(parts["scales"], scales)
-        del weight, scales, parts
-    row = {
-        f"{tool}_peak_bytes_per_element": round(peak(work) / array.size, 1) for tool, work in tools.items()
-    }
+def measure(name: str, theirs: Work, ours: Work, nbytes: int, rounds: int) -> dict[str, Any]:
+    """Print and return MB/s and peak bytes of MLX and of our kernel, after a look whether they agree."""
+    pairs = list(zip(theirs(), ours(), strict=True))
+    assert all(mx.array_equal(expected, found) for expected, found in pairs)
+    del pairs
+    tools = {"mlx": theirs, "ours": ours}
+    peaks = {tool: peak(work) / nbytes for tool, work in tools.items()}
     best = dict.fromkeys(tools, float("inf"))
     for _ in range(rounds):
         for tool, work in tools.items():
             best[tool] = min(best[tool], seconds(work))
-    return row | {f"{tool}_mb_per_s": round(array.nbytes / best[tool] / 1e6, 1) for tool in tools}
+    rates = {tool: nbytes / best[tool] / 1e6 for tool in tools}
+    ratio = rates["ours"] / rates["mlx"]
+    columns = "".join(f"{rates[tool]:>9.0f} MB/s" for tool in tools)
+    print(f"{name:<18}{columns}{ratio:>8.1f}   {peaks['mlx']:.1f} -> {peaks['ours']:.1f}", flush=True)
+    return {"mb_per_s": rates, "peak_bytes_per_byte": peaks, "ratio": ratio}
 
 
 def main() -> None:
-    """Measure and print one row for each mode and dtype."""
+    """Measure and print one row for each operation and dtype."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--elements", type=int, default=1 << 23)
+    parser.add_argument("--elements", type=int, default=1 << 22)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
@@ -113,18 +98,33 @@ def main() -> None:
         "elements": noise.size,
     }
     print(f"{figures['date']}  {figures['machine']}, mlx {figures['mlx']}; CPU time, one MLX stream")
-    print(f"{'mode':<8}{'dtype':<10}{'mx.quantize':>14}{'ours':>14}{'ratio':>8}   peak bytes an element")
-    for mode in ("mxfp4", "nvfp4", "mxfp8", "affine"):
+    print(f"{'':<18}{'MLX':>14}{'ours':>14}{'ratio':>8}   peak bytes for each byte")
+    for mode, encode in ENCODERS.items():
         for dtype in (mx.bfloat16, mx.float16, mx.float32):
-            name = str(dtype).split(".")[-1]
-            row = figures[f"{mode} {name}"] = measure(noise.astype(dtype), mode, args.rounds)
-            ours, ratio, memory = "-", "-", f"{row['mlx_peak_bytes_per_element']:.1f}"
-            if mode in OURS:
-                row["ratio"] = round(row["ours_mb_per_s"] / row["mlx_mb_per_s"], 1)
-                ours, ratio = f"{row['ours_mb_per_s']:.0f} MB/s", f"{row['ratio']:.1f}"
-                memory += f" -> {row['ours_peak_bytes_per_element']:.1f}"
-            theirs = f"{row['mlx_mb_per_s']:.0f} MB/s"
-            print(f"{mode:<8}{name:<10}{theirs:>14}{ours:>14}{ratio:>8}   {memory}", flush=True)
+            array = noise.astype(dtype)
+            mx.eval(array)
+            name = f"{mode} {str(dtype).split('.')[-1]}"
+            figures[name] = measure(
+                name,
+                partial(mx.quantize, array, mode=mode),
+                lambda encode=encode, array=array: tuple(encode(array).values()),  # type: ignore[misc]
+                array.nbytes,
+                args.rounds,
+            )
+    # Every code but NaN, which is not equal to itself.
+    codes = mx.random.randint(0, 127, noise.shape).astype(mx.uint8)
+    table = mx.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+    mx.eval(codes, table)
+
+    def looked_up() -> mx.array:
+        return table[mx.stack([codes & 15, codes >> 4], axis=-1)].reshape(len(codes), -1)
+
+    decoders: dict[str, tuple[Work, Work]] = {
+        "E4M3 to float32": (lambda: [mx.from_fp8(codes, mx.float32)], lambda: [decode_e4m3(codes)]),
+        "E2M1 to float32": (lambda: [looked_up()], lambda: [decode_e2m1(codes)]),
+    }
+    for name, (theirs, ours) in decoders.items():
+        figures[name] = measure(name, theirs, ours, codes.nbytes, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,25 +163,39 @@ def _bytes(
     return np.resize(pool.view(np.uint8)[2 * start :], spec.nbytes)
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Run a command; return its wall seconds and the peak resident bytes of its own process.
+class Cost(NamedTuple):
+    """Wall seconds, peak resident bytes, and the seconds until there was a file of weights to be seen."""
+
+    seconds: float
+    peak: int
+    first: float
+
+
+def run(command: list[str], out: Path | None = None, enough: Callable[[], bool] = lambda: False) -> Cost:
+    """Run a command, which writes to `out`, and interrupt it when it has done enough.
 
     What a command starts is not counted where Linux tells the two apart.
     """
     start = time.perf_counter()
+    first, interrupted = 0.0, False
     with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         status, peak = Path(f"/proc/{child.pid}/status"), 0
         while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
             with suppress(OSError, IndexError):  # it may end meanwhile
                 peak = int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+            if out and not first and any(out.glob("*.safetensors*")):
+                first = time.perf_counter() - start
+            if not interrupted and enough():
+                child.send_signal(signal.SIGINT)
+                interrupted = True
             time.sleep(0.02)
         seconds = time.perf_counter() - start
         said.seek(0)
-        if ended[1]:
+        if ended[1] and not interrupted:
             raise SystemExit(f"{' '.join(command)} failed:\n{said.read().decode(errors='replace')[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, peak or ended[2].ru_maxrss * unit
+    return Cost(seconds, peak or ended[2].ru_maxrss * unit, first)
 
 
 def ours(source: Path, out: Path, *flags: str) -> list[str]:

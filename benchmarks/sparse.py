@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-from large import build, machine, ours, weights
+from large import build, machine, ours, run, weights
 
 
 def main() -> None:
@@ -36,18 +31,16 @@ def main() -> None:
         source, out = work / "source", work / "out"
         build(source, args.layers, sparse=True)
         command = ours(source, out, "-q", "--max-memory", args.max_memory)
-        start = time.perf_counter()
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while not any(b'"file"' in path.read_bytes() for path in out.glob("mla_tools.journal-*")):
-            if child.poll() is not None:
-                raise SystemExit("the conversion ended too soon")
-            time.sleep(0.2)
-        child.send_signal(signal.SIGINT)
-        _, _, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+        def enough() -> bool:
+            return any(b'"file"' in path.read_bytes() for path in out.glob("mla_tools.journal-*"))
+
+        seconds, peak, first = run(command, out, enough)
         print(f"{datetime.date.today()}  {machine()}")
-        print(f"{weights(source) / 1e9:.1f} GB: first file after {seconds:.0f} s, peak {peak / 1e6:.0f} MB")
+        print(
+            f"{weights(source) / 1e9:.1f} GB: begins to write after {first:.1f} s,"
+            f" first file after {seconds:.0f} s, peak {peak / 1e6:.0f} MB"
+        )
     finally:
         shutil.rmtree(work)
 
