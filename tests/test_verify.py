@@ -158,10 +158,15 @@ def test_the_child_imports_no_tokenizers() -> None:
 import sys
 from mla_tools.verify import _import_mlx_lm, model_classes
 _import_mlx_lm()
-print(model_classes({"model_type": "deepseek_v3"})[0].__module__, "transformers" in sys.modules)
+for family in sys.argv[1:]:
+    print(model_classes({"model_type": family})[0].__module__.rpartition(".")[2])
+print("transformers" in sys.modules)
 """
-    child = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
-    assert child.stdout.split() == ["mlx_lm.models.deepseek_v3", "False"], child.stderr
+    written = {family.model_type for family in MODEL_TYPES.values()}
+    child = subprocess.run([sys.executable, "-c", asked, *written], capture_output=True, text=True)
+    *modules, tokenizers = child.stdout.split()
+    assert len(modules) == len(written), child.stderr
+    assert tokenizers == "False"
 
 
 # utils.py of an imagined mlx-lm -> what of the package is imported
