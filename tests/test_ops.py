@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mla_tools import ops
 from mla_tools.ops import MergeKvB, Op, Same, SplitKvB, Stack, SwapLastAxes, Unstack
 from mla_tools.spec import DType, Spec
 
@@ -221,6 +222,17 @@ def test_packed_rows_move_with_their_bits(op: Op, shapes: tuple[Shape, ...], out
             moved = op.apply([parts[part] for parts in packed])[output]
             assert moved.dtype == wanted[part].dtype
             assert mx.array_equal(moved, wanted[part]).item()
+
+
+def test_small_tensors_that_are_stacked_share_a_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counts(limit: int) -> list[int]:
+        return [len(slab.reads) for slab in Stack().slabs([Spec((4, 8), DType.BF16)] * 10, limit)]
+
+    assert counts(100) == [3, 3, 3, 1]
+    assert counts(40) == [1] * 10
+    assert counts(1 << 40) == [10]
+    monkeypatch.setattr(ops, "_TOGETHER", 64)
+    assert counts(1 << 40) == [2] * 5
 
 
 @settings(max_examples=20)

@@ -14,6 +14,7 @@ mlx/backend/cpu/quantized.cpp.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -99,14 +100,15 @@ def encode_affine(array: mx.array, group_size: int, bits: int) -> dict[str, mx.a
         mx.eval(parts)
         return parts
     scales, biases = _affine_scales(*bounds, top=2**bits - 1)
-    words = []
+    words: list[mx.array] = []
     for start in range(0, len(groups), AFFINE_BLOCK // group_size):
         rows = slice(start, start + AFFINE_BLOCK // group_size)
         quotients = (groups[rows].astype(mx.float32) - biases[rows]) / scales[rows]
         # Below 8 bits what is one more than the largest code fits into a byte, too.
         codes = (quotients + _ROUNDING).view(mx.uint32).astype(mx.uint16 if bits == 8 else mx.uint8)
+        if words:
+            mx.eval(words[-1])
         words.append(_joined_bits(mx.minimum(codes, 2**bits - 1).astype(mx.uint8), bits))
-        mx.eval(words[-1])
     *head, width = array.shape
     parts = {
         "weight": _joined(words, mx.uint32).reshape(*head, width * bits // 32),
@@ -129,16 +131,17 @@ def _bounds(groups: mx.array) -> tuple[mx.array, mx.array] | None:
     largest = mx.max(signed, axis=-1, keepdims=True).view(bits.dtype)
     smallest = mx.max(bits, axis=-1, keepdims=True)
     alike = mx.any(largest >= sign) | mx.any(smallest < sign)
-    mx.eval(largest, smallest, alike)
+    infinity = _bits(mx.array(math.inf, groups.dtype))
+    unfit = mx.any(_magnitudes(largest) >= infinity) | mx.any(_magnitudes(smallest) >= infinity)
+    mx.eval(largest, smallest, alike, unfit)
+    if unfit.item():
+        return None
     if alike.item():
         # Where all have the same sign, one bound is what lies nearest to zero.
         nearest = mx.min(bits, axis=-1, keepdims=True)
         largest = mx.where(largest < sign, largest, nearest)
         smallest = mx.where(smallest < sign, nearest, smallest)
-    bounds = tuple(bound.view(groups.dtype).astype(mx.float32) for bound in (largest, smallest))
-    if not mx.all(mx.isfinite(bounds[0]) & mx.isfinite(bounds[1])).item():
-        return None
-    return bounds[0], bounds[1]
+    return largest.view(groups.dtype).astype(mx.float32), smallest.view(groups.dtype).astype(mx.float32)
 
 
 def _affine_scales(largest: mx.array, smallest: mx.array, top: int) -> tuple[mx.array, mx.array]:

@@ -50,6 +50,10 @@ __all__ = [
 # 128 rows do not read and decode a scale twice.
 _ROW_ALIGNMENT = 128
 
+# Tensors to be stacked that are smaller share a slab of so many elements: no more of them, because what
+# lies between them in the file is passed over.
+_TOGETHER = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -154,6 +158,13 @@ class Stack:
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
         rows = specs[0].rows
         width = specs[0].width
+        together = min(limit, _TOGETHER) // max(1, specs[0].size)
+        if together > 1:
+            for first, last in _runs(len(specs), together):
+                reads = (Block(e, 0, rows, (rows, width)) for e in range(first, last))
+                write = Block(0, first * rows, last * rows, (last - first, rows, width))
+                yield Slab(tuple(reads), (write,))
+            return
         for e in range(len(specs)):
             for start, stop in _runs(rows, _rows(width, limit), _ROW_ALIGNMENT):
                 yield Slab(
