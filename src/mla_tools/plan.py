@@ -7,11 +7,9 @@ and tells everything that is wrong with a checkpoint in one go, before a byte is
 from __future__ import annotations
 
 import copy
-import gc
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +37,7 @@ from mla_tools.errors import (
     fold_indices,
     fold_names,
 )
-from mla_tools.files.checkpoint import Checkpoint
+from mla_tools.files.checkpoint import Checkpoint, no_collector
 from mla_tools.files.place import File
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.kernels import AFFINE_BLOCK, BLOCK
@@ -457,21 +455,8 @@ def make_steps(
     that some of them could not even be named, so that missing tensors are no news. Raises
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
-    with _no_collector():
+    with no_collector():
         return _make_steps(stored, config, options, lost or {}, blind, family)
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Keep the garbage collector still: hundreds of thousands of small objects are made here, all of
-    which live, and walking them again and again takes as long as making them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _make_steps(

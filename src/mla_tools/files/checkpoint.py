@@ -7,11 +7,13 @@ collected, so that one look at a folder tells all of it.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -22,7 +24,7 @@ from mla_tools.files.place import AGAIN, File, Folder, Place, read_whole, shown
 from mla_tools.files.safetensors import Header, parse_object, read_header
 from mla_tools.spec import Spec
 
-__all__ = ["Checkpoint", "Shard", "Stored", "open_checkpoint"]
+__all__ = ["Checkpoint", "Shard", "Stored", "no_collector", "open_checkpoint"]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -94,6 +96,20 @@ class Checkpoint:
     blind: bool = False
 
 
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep the garbage collector still while hundreds of thousands of small objects are made, all of
+    which live: walking them again and again takes as long as making them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@no_collector()
 def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
     """Return what a folder or a repository holds, with everything that is wrong; only headers are read.
 
