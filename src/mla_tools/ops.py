@@ -150,7 +150,8 @@ class Stack:
     def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
         import mlx.core as mx
 
-        return (mx.stack(list(arrays)),)
+        # A slab of one large expert is there already, and mx.stack would copy it.
+        return (mx.stack(list(arrays)) if len(arrays) > 1 else arrays[0][None],)
 
     def inverse(self) -> Unstack:
         return Unstack()
