@@ -358,6 +358,8 @@ class Writer:
         self._idle = threading.Condition()
         self._busy = 0
         self._open = True  # whether `write` is still allowed
+        # A file system writes to a file for one thread at a time, and the others would spin meanwhile.
+        self._turn = threading.Lock()
         self._fd = -1
         self._refuse_existing()
         try:
@@ -520,8 +522,9 @@ class Writer:
 
     def _write_at(self, view: memoryview, offset: int) -> None:
         done = 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done : done + _MAX_TRANSFER], offset + done)
+        with self._turn:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done : done + _MAX_TRANSFER], offset + done)
 
     def _faults(self) -> list[str]:
         faults = []
