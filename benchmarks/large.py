@@ -94,7 +94,8 @@ def write(
     """Write a checkpoint in a format, in so many files or one for each layer; `sparse`: of holes alone."""
     from mla_tools.architectures import table_of
     from mla_tools.codecs.codec import part_name
-    from mla_tools.files.safetensors import Writer, layout
+    from mla_tools.files.safetensors import layout
+    from mla_tools.files.writer import Writer
     from mla_tools.sample import FORMATS, format_of, write_tokenizer
     from mla_tools.spec import Spec
 
@@ -201,7 +202,7 @@ def run(command: list[str], out: Path | None = None, enough: Callable[[], bool] 
 
 def ours(source: Path, out: Path, *flags: str) -> list[str]:
     """Return the command that converts a checkpoint with this package."""
-    return [sys.executable, "-m", "mla_tools.cli", "convert", str(source), "--mlx-path", str(out), *flags]
+    return [sys.executable, "-P", "-m", "mla_tools", "convert", str(source), "--mlx-path", str(out), *flags]
 
 
 def theirs(source: Path, out: Path, *flags: str) -> list[str]:

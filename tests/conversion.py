@@ -9,7 +9,8 @@ from mla_tools.cli import options_of, parser
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Plan, make_plan
-from mla_tools.verify import compare, manifest
+from mla_tools.verify import compare
+from mla_tools.verify.child import manifest
 
 
 def convert(source: Path, out: Path, *flags: str) -> Plan:

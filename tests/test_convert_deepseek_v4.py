@@ -23,7 +23,7 @@ from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Options, Plan, make_plan, make_steps
-from mla_tools.sanitize import sanitize
+from mla_tools.weights import sanitize
 
 # As the model's own: float32 has 6e-8, and after 6 layers the logits of both lie about 1e-6 apart.
 TOLERANCE = 1e-5

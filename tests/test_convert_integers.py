@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.plan import Plan
 from mla_tools.sample import write_sample
-from mla_tools.sanitize import sanitize
+from mla_tools.weights import sanitize
 
 FAMILIES = ("deepseek_v3", "kimi_linear")
 # format -> its float dtype, whether MLX's parts are exact in it

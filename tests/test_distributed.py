@@ -14,12 +14,13 @@ from mla_tools.sample import write_sample
 # The command with small files and checkpoints; rank 1 may be told to die when it has done some tensors.
 SCRIPT = """
 import os, signal, sys
-from mla_tools import output, plan
+from mla_tools import plan
 from mla_tools.cli import main
+from mla_tools.output import writing
 
-plan.SHARD_BYTES, output.CHECKPOINT_BYTES = 1 << 20, 1 << 18
+plan.SHARD_BYTES, writing.CHECKPOINT_BYTES = 1 << 20, 1 << 18
 last = int(os.environ.get("DIES_AFTER", -1))
-finished = output.Output.finished
+finished = writing.Output.finished
 
 def count(self, number):
     global last
@@ -28,7 +29,7 @@ def count(self, number):
     if not last and os.environ.get("MLX_RANK") == "1":
         os.kill(os.getpid(), signal.SIGKILL)
 
-output.Output.finished = count
+writing.Output.finished = count
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +16,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mla_tools import output as output_module
 from mla_tools import plan as plan_module
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.files.safetensors import Reader, Writer, read_header
-from mla_tools.output import INDEX, JOURNALS, RECORD, check_output
+from mla_tools.files.reader import Reader
+from mla_tools.files.safetensors import read_header
+from mla_tools.files.writer import Writer
+from mla_tools.output import INDEX, RECORD, check_output
+from mla_tools.output import writing as output_writing
 from mla_tools.plan import Options, Plan, Workload, make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.sample import write_sample
@@ -79,7 +82,7 @@ def go_on(source: Path, out: Path, tmp_path: Path) -> None:
     """Go on with an unfinished folder, and compare with one that was never interrupted."""
     assert is_visibly_unfinished(out)
     made = make_plan(open_checkpoint(source), Options())
-    with pytest.raises(MlaToolsError, match="is an unfinished output: go on with --resume"):
+    with pytest.raises(MlaToolsError, match="is an unfinished output: finish it with --resume"):
         execute(made, out)
     assert execute(made, out, resume=True)
     execute(made, tmp_path / "at_once")
@@ -90,7 +93,7 @@ def is_visibly_unfinished(out: Path) -> bool:
     """Return whether a folder has a journal, and nothing that any program takes for a model."""
     names = [path.name for path in out.iterdir()]
     models = [name for name in names if name.endswith((".safetensors", ".json"))]
-    return bool([*out.glob(JOURNALS)]) and not models
+    return bool([*out.glob("mla_tools.journal-*.jsonl")]) and not models
 
 
 # --- the same bytes ----------------------------------------------------------------------------------
@@ -235,11 +238,12 @@ def test_a_source_cut_short_after_planning_is_named_and_when_it_is_back_the_outp
     shutil.copytree(samples("deepseek_v3", "bf16"), source)
     made = make_plan(open_checkpoint(source), Options())
     shard = source / "model-00002-of-00002.safetensors"
-    with shard.open("r+b") as file:
-        file.truncate(shard.stat().st_size // 2)
+    whole, times = shard.read_bytes(), shard.stat()
+    os.truncate(shard, len(whole) // 2)
     with pytest.raises(MlaToolsError, match=shard.name):
         execute(made, tmp_path / "out")
-    shutil.copy(samples("deepseek_v3", "bf16") / shard.name, shard)
+    shard.write_bytes(whole)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     go_on(source, tmp_path / "out", tmp_path)
 
 
@@ -250,10 +254,10 @@ def test_a_source_gone_after_planning_is_named_and_when_it_is_back_the_output_is
     shutil.copytree(samples("deepseek_v3", "bf16"), source)
     made = make_plan(open_checkpoint(source), Options())
     shard = source / "model-00001-of-00002.safetensors"
-    shard.unlink()
+    shard.rename(tmp_path / "away")
     with pytest.raises(MlaToolsError, match=shard.name):
         execute(made, tmp_path / "out")
-    shutil.copy(samples("deepseek_v3", "bf16") / shard.name, shard)
+    (tmp_path / "away").rename(shard)
     go_on(source, tmp_path / "out", tmp_path)
 
 
@@ -289,7 +293,7 @@ def test_a_failing_writer_leaves_a_folder_to_go_on_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(output_module, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(output_writing, "CHECKPOINT_BYTES", 1)
     calls = []
     original = getattr(Writer, method)
 
@@ -306,7 +310,7 @@ def test_a_failing_writer_leaves_a_folder_to_go_on_with(
     if isinstance(error, OSError):
         assert str(caught.value) == f"{tmp_path / 'out'} cannot be written: No space left on device"
         assert caught.value.__notes__ == [
-            f"{tmp_path / 'out'} is unfinished: run the same command with --resume to go on"
+            f"{tmp_path / 'out'} is unfinished: run the same command with --resume to finish it"
         ]
     go_on(samples("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
 

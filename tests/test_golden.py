@@ -20,7 +20,8 @@ from listing import LISTINGS, checkpoint, load
 from mla_tools.plan import Options, Plan, make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_text
-from mla_tools.verify import compare, manifest
+from mla_tools.verify import compare
+from mla_tools.verify.child import manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -17,7 +17,7 @@ from mla_tools import CheckpointError, QuantSpec
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.ops import SplitKvB
 from mla_tools.sample import write_sample
-from mla_tools.verify import model_classes
+from mla_tools.verify.child import model_classes
 
 Weights = dict[str, mx.array]
 Config = dict[str, Any]

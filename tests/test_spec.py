@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from mla_tools.files.safetensors import Writer, layout
+from mla_tools.files.safetensors import layout
+from mla_tools.files.writer import Writer
 from mla_tools.spec import DType, Spec
 
 # What the values of each dtype are, said by other people's libraries.

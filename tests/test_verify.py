@@ -21,7 +21,8 @@ from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Options, make_plan
 from mla_tools.sample import write_sample
-from mla_tools.verify import ManifestCheck, compare, manifest, verify_output
+from mla_tools.verify import ManifestCheck, compare, verify_output
+from mla_tools.verify.child import manifest
 
 Shapes = dict[str, list[int]]
 
@@ -156,7 +157,7 @@ def test_a_look_waits_for_nothing_and_raises_what_is_known(source: Path, tmp_pat
 def test_the_child_imports_no_tokenizers() -> None:
     asked = """
 import sys
-from mla_tools.verify import _import_mlx_lm, model_classes
+from mla_tools.verify.child import _import_mlx_lm, model_classes
 _import_mlx_lm()
 for family in sys.argv[1:]:
     print(model_classes({"model_type": family})[0].__module__.rpartition(".")[2])
@@ -186,7 +187,7 @@ def test_what_mlx_lm_begins_with_is_imported_where_it_is_needed(utils: str, tmp_
     (package / "utils.py").write_text(text)
     asked = """
 import sys
-from mla_tools.verify import _import_mlx_lm
+from mla_tools.verify.child import _import_mlx_lm
 _import_mlx_lm()
 assert "mlx_lm.utils" in sys.modules
 print("with" if hasattr(sys.modules["mlx_lm"], "generator") else "without")
@@ -214,10 +215,10 @@ def out(converted: Path, tmp_path: Path) -> Path:
 
 def test_an_output_is_as_it_was_written(out: Path) -> None:
     read: list[int] = []
-    count, nbytes = verify_output(out, progress=read.append)
+    found = verify_output(out, progress=read.append)
     names = [path for path in out.iterdir() if path.name != "mla_tools.json"]
-    assert count == len(names)
-    assert nbytes == sum(path.stat().st_size for path in names) == sum(read)
+    assert (found.files, found.notes) == (len(names), ())
+    assert found.nbytes == sum(path.stat().st_size for path in names) == sum(read)
 
 
 def flip(path: Path) -> None:

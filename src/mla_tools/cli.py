@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
+from mla_tools.console import ended, say, show
 from mla_tools.distributed import launched
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
-from mla_tools.output import check_output, how_to_go_on, is_unfinished
+from mla_tools.files.place import shown
+from mla_tools.output import check_output, how_to_resume, is_unfinished
 from mla_tools.plan import (
     MAX_MEMORY,
     NETWORK_THREADS,
@@ -58,10 +60,11 @@ Turn downloaded checkpoints of MLA models into ones that run on MLX.
 """
 
 _EPILOG = """\
-exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage, 130 interrupted,
+            141 nobody reads the output any more (as after "| head")
 """
 
-_INTERRUPTED = "interrupted; nothing was written"
+_MOST_THREADS = 1024
 
 _CONVERT = """\
 Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
@@ -91,27 +94,18 @@ encoded then.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 checkpoint or result wrong, 2 usage, 130 Ctrl-C."""
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has said what it had to say
-        return int(stop.code or 0)
-    run: Callable[[argparse.Namespace], int] = args.run
-    try:
-        return run(args)
-    except MlaToolsError as error:
-        if args.json:
-            print(json.dumps(report.error_json(error), indent=2))
-        _say("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say(_INTERRUPTED)
-        return 130
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    given = sys.argv[1:] if argv is None else list(argv)
 
+    def run() -> int:
+        try:
+            args = parser().parse_args(given)
+        except SystemExit as stop:  # argparse has shown the help or the version
+            sys.stdout.flush()
+            return int(stop.code or 0)
+        command: Callable[[argparse.Namespace], int] = args.run
+        return command(args)
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    return ended(run, as_json="--json" in given, debug="--debug" in given)
 
 
 # --- the commands ------------------------------------------------------------------------------------
@@ -119,13 +113,15 @@ def _say(text: str) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     options = options_of(args)
+    if not args.mlx_path:
+        raise UsageError("--mlx-path: give the folder to write")
     out = Path(args.mlx_path)
     group = launched()
     if group.rank == 0:
         check_output(out, resume=args.resume, overwrite=args.overwrite)
     plan = _plan_of(args, options)
     drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
-    beside = out.with_name(f"{out.name}-mtp")
+    beside = Path(f"{out.resolve() if out.name in ('', '..') else out}-mtp")
     if drafts is not None and group.rank == 0:
         check_output(beside, resume=args.resume, overwrite=args.overwrite)
     from mla_tools.verify import ManifestCheck
@@ -135,7 +131,7 @@ def _convert(args: argparse.Namespace) -> int:
     done = []
     try:
         for each, folder in work:
-            with _interruptible(folder), _bar(each, group.rank) as progress:
+            with _resumable(folder), _bar(each, group.rank) as progress:
                 anything = execute(
                     each,
                     folder,
@@ -143,6 +139,7 @@ def _convert(args: argparse.Namespace) -> int:
                     device=args.device,
                     resume=args.resume,
                     overwrite=args.overwrite,
+                    check_source=args.check_source,
                     group=group,
                     progress=_looking(check, progress),
                     agrees=check.wait if check and each is plan else lambda: None,
@@ -157,9 +154,9 @@ def _convert(args: argparse.Namespace) -> int:
         found = {"output": str(out), **report.plan_json(plan, _workload(args, plan))}
         if drafts is not None:
             found["drafts"] = {"output": str(beside), **report.plan_json(drafts, _workload(args, drafts))}
-        print(json.dumps(found, indent=2))
+        show(json.dumps(found, indent=2))
     else:
-        print("\n".join(done))
+        show("\n".join(done))
     return 0
 
 
@@ -175,20 +172,14 @@ def _looking(check: ManifestCheck | None, progress: Callable[[int], None]) -> Ca
 
 
 @contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
-    """Take a request to end like Ctrl-C, and say how to go on after either."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+def _resumable(out: Path) -> Iterator[None]:
+    """Say how to resume after an interruption."""
     try:
         yield
     except KeyboardInterrupt:
-        _say(f"interrupted; {how_to_go_on(out)}" if is_unfinished(out) else _INTERRUPTED)
-        raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        if is_unfinished(out):
+            raise KeyboardInterrupt(f"interrupted; {how_to_resume(out)}") from None
+        raise
 
 
 def _workload(args: argparse.Namespace, plan: Plan) -> Workload:
@@ -203,11 +194,10 @@ def _plan(args: argparse.Namespace) -> int:
         found = report.plan_json(plan, _workload(args, plan))
         if drafts is not None:
             found["drafts"] = report.plan_json(drafts, _workload(args, drafts))
-        print(json.dumps(found, indent=2))
+        show(json.dumps(found, indent=2))
     else:
-        print(report.plan_text(plan, _workload(args, plan)))
-        if drafts is not None:
-            print("\n" + report.plan_text(drafts, _workload(args, drafts)))
+        plans = [plan] if drafts is None else [plan, drafts]
+        show("\n\n".join(report.plan_text(each, _workload(args, each)) for each in plans))
     return 0
 
 
@@ -221,7 +211,7 @@ def _inspect(args: argparse.Namespace) -> int:
     problems = [*checkpoint.problems, *made.problems]
     error = CheckpointError(problems) if problems else None
     survey = report.survey_json(checkpoint, made)
-    print(json.dumps(survey, indent=2) if args.json else report.survey_text(survey, error))
+    show(json.dumps(survey, indent=2) if args.json else report.survey_text(survey, error))
     return 1 if problems else 0
 
 
@@ -229,22 +219,28 @@ def _verify(args: argparse.Namespace) -> int:
     from mla_tools.verify import verify_output
 
     folder = Path(args.folder)
-    count, nbytes = verify_output(folder, quick=args.quick)
+    found = verify_output(folder, quick=args.quick)
     if args.json:
-        print(json.dumps({"output": str(folder), "files": count, "bytes": nbytes, "quick": args.quick}))
+        told = {"output": str(folder), "files": found.files, "bytes": found.nbytes, "quick": args.quick}
+        show(json.dumps({**told, "notes": list(found.notes)}))
     else:
         compared = "sizes and headers" if args.quick else "sizes, headers and sha256"
-        print(f"{folder}: complete, {count} files, {report.human_bytes(nbytes)}; {compared} are as written")
+        size = report.human_bytes(found.nbytes)
+        lines = [f"{folder}: complete, {found.files} files, {size}; {compared} are as written"]
+        show("\n".join([*lines, *(f"  {note}" for note in found.notes)]))
     return 0
 
 
 def _sample(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
-    write_sample(args.family, folder, args.format, seed=args.seed)
+    try:
+        write_sample(args.family, folder, args.format, seed=args.seed)
+    except OSError as error:
+        raise MlaToolsError(f"{folder} cannot be written: {error.strerror}") from error
     if args.json:
-        print(json.dumps({"output": str(folder), "family": args.family, "format": args.format}))
+        show(json.dumps({"output": str(folder), "family": args.family, "format": args.format}))
     else:
-        print(f"A random {args.family} checkpoint in {args.format} is in {folder}.")
+        show(f"A random {args.family} checkpoint in {args.format} is in {folder}.")
     return 0
 
 
@@ -336,11 +332,10 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def _bytes(text: str) -> int:
     """Return a size such as 2GB, 512MB, 1.5G or 800000000 in bytes; units are decimal, as for files."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
-        raise UsageError(f"--max-memory {text}: give a size such as 2GB or 500MB")
-    unit = _UNITS[found[2].upper()]
-    return int(float(found[1]) * unit)
+        raise UsageError(f"--max-memory {shown(text)}: give a size such as 2GB or 500MB")
+    return int(Decimal(found[1]) * _UNITS[found[2].upper()])
 
 
 def _embed_q(text: str) -> EmbedQ:
@@ -351,12 +346,18 @@ def _embed_q(text: str) -> EmbedQ:
     return QuantSpec.parse(text)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors become text where all errors do."""
+
+    def error(self, message: str) -> NoReturn:
+        say(self.format_usage().rstrip())
+        raise UsageError(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(
-        "mla-sanitize", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
-    )
+    top = _Parser("mla-sanitize", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
     top.add_argument("--version", action="version", version=f"mla-sanitize {_version()}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
@@ -369,10 +370,14 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_source(convert)
     _add_conversion(convert)
+    there = convert.add_mutually_exclusive_group()
+    there.add_argument("--resume", action="store_true", help="finish an unfinished OUT of the same plan")
+    there.add_argument("--overwrite", action="store_true", help="replace OUT, if this tool made it")
     convert.add_argument(
-        "--resume", action="store_true", help="go on with an unfinished OUT of the same plan"
+        "--check-source",
+        action="store_true",
+        help="read the weight files once more beforehand, and compare them with the hashes of the hub",
     )
-    convert.add_argument("--overwrite", action="store_true", help="replace OUT, if this tool made it")
     convert.add_argument(
         "--device",
         choices=("cpu", "gpu"),
@@ -420,7 +425,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("family", metavar="FAMILY", choices=sorted(MODEL_TYPES), help=", ".join(MODEL_TYPES))
     sample.add_argument("folder", metavar="DIR", help="the folder to write; must not exist")
     sample.add_argument("--format", choices=list(FORMATS), default="bf16", help="default: %(default)s")
-    sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sample.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
     _add_json(sample)
     sample.set_defaults(run=_sample)
     return top
@@ -445,6 +450,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument("--debug", action="store_true", help="show where in the program an error came up")
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:
@@ -489,7 +495,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         help="what the whole process may take, such as 500MB (default: %(default)s)",
     )
     few, many = THREADS, NETWORK_THREADS
-    add("--threads", type=_count, help=f"that read and compute (default: {few}; {many} over a network)")
+    add("--threads", type=_threads, help=f"that read and compute (default: {few}; {many} over a network)")
     add(
         "--keep-mtp",
         action="store_true",
@@ -503,18 +509,19 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def _threads(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: give a number from 1 to {_MOST_THREADS}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: give a number from 0 up")
+    return int(text)
 
 
 def _version() -> str:
     from importlib.metadata import version
 
     return version("mla-tools")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,10 +8,15 @@ mlx.distributed is the engine; `mlx.launch` starts the ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-__all__ = ["Alone", "Group", "launched", "shares"]
+from mla_tools.errors import MlaToolsError
+
+__all__ = ["Alone", "Group", "launched", "shares", "together"]
+
+T = TypeVar("T")
 
 
 class Group(Protocol):
@@ -57,17 +62,58 @@ class _Launched:
         import mlx.core as mx
 
         # Sockets are a matter of the CPU, whatever device computes.
-        voices = mx.distributed.all_sum(mx.array(int(ok)), group=self._group, stream=mx.cpu)
-        return bool(voices.item() == self.size)
+        agreed = mx.distributed.all_sum(mx.array(int(ok)), group=self._group, stream=mx.cpu)
+        return bool(agreed.item() == self.size)
 
 
-# What mlx.launch sets for a rank, and what the launchers of MPI do.
-_LAUNCHERS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# What mlx.launch sets for a rank and what the launchers of MPI do, each with where the number of ranks is.
+_LAUNCHERS = {
+    "MLX_RANK": "",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+}
 
 
 def launched() -> Group:
-    """Return the group in which this process was started; alone, where nothing started several."""
-    return _Launched() if any(name in os.environ for name in _LAUNCHERS) else Alone()
+    """Return the group in which this process was started; alone, where nothing started several.
+
+    Raises MlaToolsError if the environment speaks of a group that cannot be joined.
+    """
+    found = [name for name in _LAUNCHERS if name in os.environ]
+    if all(os.environ.get(_LAUNCHERS[name]) == "1" for name in found) or _launched_alone():
+        return Alone()
+    try:
+        return _Launched()
+    except (RuntimeError, ValueError) as error:
+        named = ", ".join(found)
+        raise MlaToolsError(
+            f"{named} is set, as by a launcher of several processes, and MLX cannot join them ({error})."
+            f" Start with mlx.launch or mpirun, or unset {named} to convert in one process."
+        ) from error
+
+
+def _launched_alone() -> bool:
+    """Return whether `mlx.launch -n 1` started this process: its list of hosts is empty."""
+    try:
+        return not Path(os.environ["MLX_HOSTFILE"]).read_text().strip()
+    except (KeyError, OSError, ValueError):
+        return False
+
+
+def together(group: Group, work: Callable[[], T]) -> T:
+    """Return what a piece of work gives, when it went well in each process of a group."""
+    results: list[T] = []
+    error: Exception | None = None
+    try:
+        results.append(work())
+    except Exception as fault:  # whatever it is, the others must not wait for this process
+        error = fault
+    everyone = group.agree(error is None)
+    if error is not None:
+        raise error
+    if not everyone:
+        raise MlaToolsError("another process of this run failed; see its message")
+    return results[0]
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[int]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mla_tools.codecs import MlxQuantized, repacking
-from mla_tools.distributed import Alone, Group
-from mla_tools.errors import MlaToolsError
+from mla_tools.distributed import Alone, Group, together
+from mla_tools.errors import MlaToolsError, UsageError
+from mla_tools.files.checkpoint import check_content, check_unchanged
 from mla_tools.files.place import Bytes
-from mla_tools.files.safetensors import Reader
+from mla_tools.files.reader import Reader
 from mla_tools.ops import Slab
-from mla_tools.output import Journal, Output, begin, how_to_go_on, identity, together
+from mla_tools.output import Journal, Output, begin, begun, how_to_resume, publish
 from mla_tools.plan import Plan, Source, Step, Workload
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def execute(
     device: Device | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    check_source: bool = False,
     group: Group | None = None,
     progress: Progress = lambda nbytes: None,
     agrees: Callable[[], None] = lambda: None,
@@ -113,40 +115,44 @@ def execute(
     """Write the output folder of a plan; return whether there was anything to do.
 
     `workload` says with how many threads and how much memory, `device` where to compute (None: MLX's
-    default); `group` are the processes that share the work. `resume` goes on with an unfinished folder of
-    the same plan, `overwrite` replaces a folder that this tool made. `progress` is called with the number
-    of bytes just written. `agrees` is called when all tensors are written and raises if the output must
-    not be completed. Whatever goes wrong after the first byte, the folder is left visibly unfinished, and
-    the error has a note that says how to go on.
+    default); `group` are the processes that share the work. `resume` finishes an unfinished folder of the
+    same plan, `overwrite` replaces a folder that this tool made. `check_source` reads the source once more
+    beforehand and compares it with the hub's hashes. `progress` is called with the number of bytes just
+    written. `agrees` is called when all tensors are written and raises if the output must not be completed.
+    Whatever goes wrong after the first byte, the folder is left visibly unfinished, and the error has a note
+    that says how to resume.
     """
     group = group or Alone()
     workload = workload or plan.workload()
     device = _use(device)
-    told = identity(plan, device)
-    if not begin(plan, folder, told, group, resume=resume, overwrite=overwrite):
+    if check_source:
+        together(group, lambda: check_content(plan.checkpoint, (group.rank, group.size)))
+    first = begun(plan, device)
+    opened = begin(plan, folder, first, group, resume=resume, overwrite=overwrite)
+    if opened is None:
         return False
-    with ExitStack() as stack:
+    with opened, ExitStack() as stack:
 
-        def work() -> Output:
-            journal = stack.enter_context(closing(Journal(folder, group.rank, told)))
-            output = stack.enter_context(closing(Output(plan, folder, told, group, journal)))
+        def work() -> None:
+            journal = stack.enter_context(closing(Journal(opened, group.rank, first)))
+            output = stack.enter_context(closing(Output(plan, opened, group, journal)))
             progress(output.done_bytes)
             _run(plan, output, workload, device, progress)
             output.complete()
+            check_unchanged(plan.checkpoint)
             if group.rank == 0:
                 agrees()
-            return output
 
         try:
-            output = together(group, work)
+            together(group, work)
             if group.rank == 0:
-                output.publish()
+                publish(plan, opened, first["provenance"])
         except OSError as error:
             fault = MlaToolsError(f"{folder} cannot be written: {error.strerror}")
-            fault.add_note(how_to_go_on(folder))
+            fault.add_note(how_to_resume(folder))
             raise fault from error
         except MlaToolsError as error:
-            error.add_note(how_to_go_on(folder))
+            error.add_note(how_to_resume(folder))
             raise
     return True
 
@@ -155,6 +161,8 @@ def _use(device: Device | None) -> Device:
     """Compute on this device from now on, and return which it is."""
     import mlx.core as mx
 
+    if device == "gpu" and not mx.is_available(mx.gpu):
+        raise UsageError("--device gpu: MLX finds no GPU on this machine")
     if device is not None:
         mx.set_default_device(mx.cpu if device == "cpu" else mx.gpu)
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"

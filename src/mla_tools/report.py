@@ -8,13 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mla_tools.errors import INDEX, CheckpointError, MlaToolsError, fold_names
+from mla_tools.errors import INDEX, CheckpointError, fold_names
 from mla_tools.files.checkpoint import Checkpoint
 from mla_tools.plan import Plan, Source, Step, Steps, Workload
 from mla_tools.rules import short
 
 __all__ = [
-    "error_json",
     "human_bytes",
     "plan_json",
     "plan_text",
@@ -258,9 +257,3 @@ def survey_text(survey: dict[str, Any], error: CheckpointError | None) -> str:
         lines += ["", "notes", *(f"  {line}" for line in survey["notes"])]
     lines += ["", str(error) if error else "no problems"]
     return "\n".join(lines)
-
-
-def error_json(error: MlaToolsError) -> dict[str, Any]:
-    """Return an error as plain values; a checkpoint's problems one by one."""
-    problems = error.problems if isinstance(error, CheckpointError) else ()
-    return {"error": str(error), "problems": [asdict(problem) for problem in problems]}

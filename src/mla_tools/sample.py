@@ -17,7 +17,8 @@ from mla_tools.architectures import MODEL_TYPES, Family, family_of, table_of
 from mla_tools.architectures.geometry import OPEN
 from mla_tools.codecs import FORMATS, Codec, Dense, part_name
 from mla_tools.errors import MlaToolsError, UsageError
-from mla_tools.files.safetensors import Writer, layout
+from mla_tools.files.safetensors import layout
+from mla_tools.files.writer import Writer
 from mla_tools.ops import Indices
 from mla_tools.rules import Drop, Param, Table, name
 from mla_tools.spec import DType, Spec

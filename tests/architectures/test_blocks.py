@@ -14,7 +14,7 @@ from mla_tools.architectures.geometry import Geometry, Num, label
 from mla_tools.errors import CheckpointError
 from mla_tools.ops import SplitKvB, Stack
 from mla_tools.rules import Rule
-from mla_tools.verify import model_classes
+from mla_tools.verify.child import model_classes
 
 each_family = pytest.mark.parametrize("family", MODEL_TYPES)
 

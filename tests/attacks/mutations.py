@@ -90,7 +90,12 @@ class Hollow:
     head: bytes
     size: int
 
+    stamp = ""
+
     def open(self) -> Hollow:
+        return self
+
+    def pin(self, part: object = None) -> Hollow:
         return self
 
     def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:

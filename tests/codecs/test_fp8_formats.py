@@ -27,8 +27,8 @@ from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.quantization import QuantSpec
 from mla_tools.sample import write_sample
-from mla_tools.sanitize import sanitize
 from mla_tools.spec import DType, Spec
+from mla_tools.weights import sanitize
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from attacks.hostile import folder_with_config, index, shard
 
-from mla_tools.files.checkpoint import Shard, open_checkpoint
-from mla_tools.files.place import Folder, LocalFile
+from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.files.place import Folder
 from mla_tools.sample import write_sample
 from mla_tools.spec import DType, Spec
 
@@ -42,7 +42,7 @@ def test_a_sound_folder(folder: Path) -> None:
     assert [shard.name for shard in checkpoint.shards] == [ONE, TWO, THREE]
     assert (checkpoint.problems, checkpoint.notes, checkpoint.lost) == ((), (), {})
     stored = checkpoint.tensors["model.layers.3.weight"]
-    assert (stored.file, stored.spec) == (LocalFile(folder / TWO), Spec((2, 4), DType.BF16))
+    assert (stored.file.path, stored.spec) == (folder / TWO, Spec((2, 4), DType.BF16))
     assert stored.offset == (folder / TWO).stat().st_size - 16
 
 
@@ -51,7 +51,8 @@ def test_a_shard_is_known_by_its_size_and_the_digest_of_its_header(folder: Path)
     for path, found in zip((folder / ONE, folder / TWO, folder / THREE), before, strict=True):
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
-        assert found == Shard(path.name, len(data), hashlib.sha256(data[8 : 8 + length]).hexdigest(), "")
+        digest = hashlib.sha256(data[8 : 8 + length]).hexdigest()
+        assert (found.name, found.size, found.digest, found.tag) == (path.name, len(data), digest, "")
     shard(folder, TWO, "model.layers.3.weight", "model.layers.2.weight")  # the same size, another header
     after = open_checkpoint(folder).shards
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
@@ -122,7 +123,7 @@ def test_a_tensor_in_another_shard_is_a_problem_that_says_where(folder: Path) ->
     assert problem.subject == "model.layers.3.weight"
     assert problem.found == f"in {THREE}"
     assert checkpoint.lost == {}
-    assert checkpoint.tensors["model.layers.3.weight"].file == LocalFile(folder / THREE)
+    assert checkpoint.tensors["model.layers.3.weight"].file.name == THREE
 
 
 def test_a_tensor_of_a_missing_shard_that_lies_elsewhere_is_not_lost(folder: Path) -> None:
@@ -139,9 +140,7 @@ def test_a_tensor_in_two_shards_is_a_problem_that_names_both(folder: Path) -> No
     (problem,) = checkpoint.problems
     assert (problem.subject, problem.what) == ("model.layers.5.weight", "is stored in two files")
     assert problem.found == f"{ONE} and {THREE}"
-    assert checkpoint.tensors["model.layers.5.weight"].file == LocalFile(
-        folder / THREE
-    )  # where the index has it
+    assert checkpoint.tensors["model.layers.5.weight"].file.name == THREE  # where the index has it
 
 
 def test_files_that_the_index_does_not_name_are_left_out(folder: Path) -> None:

@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.files.place import LocalFile, shown
-from mla_tools.files.safetensors import Layout, Reader, Writer, layout, parse_object, read_header
+from mla_tools.files.reader import Reader
+from mla_tools.files.safetensors import Layout, layout, parse_object, read_header
+from mla_tools.files.writer import Writer
 from mla_tools.spec import DType, Spec
 
 NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12).filter(
@@ -323,7 +325,7 @@ def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
     first.sync()
     first.suspend()
     assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors.partial"]
-    with Writer(path, TWO, {"a"}) as second:
+    with Writer(path, TWO, {"a": first.ranges("a")}) as second:
         with pytest.raises(MlaToolsError, match="closed"):
             first.write("b", 4, b"2" * 4)
         second.write("b", 0, b"2" * 8)
@@ -344,11 +346,13 @@ def test_a_sha256_begun_early_is_that_of_the_file(
     order: tuple[str, ...], done: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
+    held = None
     if done:
         first = Writer(path, THREE)
         first.write(done, 0, done.encode() * 8)
         first.suspend()
-    writer = Writer(path, THREE, {done} if done else None)
+        held = {done: first.ranges(done)}
+    writer = Writer(path, THREE, held)
     for name in order:
         for half in (0, 4) if name != done else ():
             writer.hash()
@@ -381,8 +385,11 @@ def test_a_sha256_is_begun_with_what_has_no_gap(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("done", [{"a"}, set(), {"a", "b"}], ids=["one", "none", "all"])
 def test_what_is_done_must_not_be_written_again_and_the_rest_must(tmp_path: Path, done: set[str]) -> None:
     path = tmp_path / "a.safetensors"
-    Writer(path, TWO).suspend()
-    writer = Writer(path, TWO, done)
+    first = Writer(path, TWO)
+    for name in done:
+        first.write(name, 0, b"1" * 8)
+    first.suspend()
+    writer = Writer(path, TWO, {name: first.ranges(name) for name in done})
     writer.write("a", 0, b"1" * 8)
     with pytest.raises(MlaToolsError) as caught:
         writer.seal()
@@ -404,9 +411,9 @@ def test_a_file_that_is_not_the_one_that_was_begun_is_not_gone_on_with(tmp_path:
     else:
         os.truncate(partial, TWO.size + (1 if damage == "longer" else -1))
     before = partial.read_bytes() if partial.exists() else None
-    text = "is gone, so it cannot" if damage == "gone" else "is not the file that was begun"
+    text = "is gone, so it cannot be resumed" if damage == "gone" else "is not the file that was begun"
     with pytest.raises(MlaToolsError, match=f"{text}.*; start again with --overwrite"):
-        Writer(path, TWO, {"a"})
+        Writer(path, TWO, {"a": []})
     assert (partial.read_bytes() if partial.exists() else None) == before
 
 
@@ -422,8 +429,8 @@ def test_a_file_that_cannot_be_opened_now_is_not_removed(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", fail)
         with pytest.raises(MlaToolsError, match="cannot be written: Input/output error"):
-            Writer(path, TWO, {"a"})
-    Writer(path, TWO, {"a"}).suspend()
+            Writer(path, TWO, {"a": []})
+    Writer(path, TWO, {"a": []}).suspend()
 
 
 @contextmanager

@@ -8,10 +8,11 @@ collected, so that one look at a folder tells all of it.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,22 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 
-from mla_tools.errors import CheckpointError, Problem, fold_names
+from mla_tools.errors import CheckpointError, MlaToolsError, Problem, fold_names
+from mla_tools.files.directory import partial_name
 from mla_tools.files.place import AGAIN, File, Folder, Place, read_whole, shown
 from mla_tools.files.safetensors import Header, parse_object, read_header
 from mla_tools.spec import Spec
 
-__all__ = ["Checkpoint", "Shard", "Stored", "no_collector", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Companion",
+    "Shard",
+    "Stored",
+    "check_content",
+    "check_unchanged",
+    "no_collector",
+    "open_checkpoint",
+]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -41,6 +52,12 @@ _RECORDS = "mla_tools.*"
 # Sections on quantization beside config.json: mlx-lm reads the first for the output's own.
 _OTHER_FORMATS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# Of a name in bytes, on every file system that is in use.
+_LONGEST_NAME = 255
+
+_READ_AT_ONCE = 8 << 20
+
 _SET = re.compile(r"(.*)-(\d{1,18})-of-(\d{1,18})\.safetensors", re.DOTALL)
 
 
@@ -57,13 +74,32 @@ class Stored:
 class Shard:
     """One weight file, and by what it is known again: its size in bytes and the sha256 of its header.
 
-    `tag` is what a repository says about the content (the sha256 of the file, mostly); a folder says nothing.
+    `file` opens only while it is what it was. `tag` is the hash that the hub gives for the content: the
+    sha256 of a large file, the git object id of a small one; empty where nothing is known of the hub.
     """
 
-    name: str
+    file: File
     size: int
     digest: str
     tag: str
+
+    @property
+    def name(self) -> str:
+        """The plain name of the file."""
+        return self.file.name
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A file to copy beside converted weights; it opens only while it is what it was."""
+
+    file: File
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """The plain name of the file."""
+        return self.file.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +125,7 @@ class Checkpoint:
     config: dict[str, object]
     tensors: dict[str, Stored]
     shards: tuple[Shard, ...]
-    companions: tuple[File, ...]
+    companions: tuple[Companion, ...]
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
     lost: dict[str, str]
@@ -152,18 +188,21 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
         _compare(headers, tensors, places, placed, problems, notes, lost)
         if index and not problems:
             notes += _size_note(index, [stored.spec for stored in tensors.values()])
+    blind = places is None and bool(problems)
+    companions = _companions(place, names, notes, problems)
     return Checkpoint(
         place=place,
         config=config,
         tensors=tensors,
         shards=tuple(
-            Shard(file, header.size, header.digest, place.tag(file)) for file, header in headers.items()
+            Shard(header.file, header.size, header.digest, place.tag(file))
+            for file, header in headers.items()
         ),
-        companions=_companions(place, names, notes),
+        companions=companions,
         notes=tuple(notes),
         problems=tuple(problems),
         lost=lost,
-        blind=places is None and bool(problems),
+        blind=blind,
     )
 
 
@@ -422,10 +461,14 @@ def _compare(
             )
 
 
-def _companions(place: Place, names: Iterable[str], notes: list[str]) -> tuple[File, ...]:
-    """Return the files to copy beside the weights; a note tells of a link to nowhere."""
-    found = []
-    for name in names:
+def _companions(
+    place: Place, names: Iterable[str], notes: list[str], problems: list[Problem]
+) -> tuple[Companion, ...]:
+    """Return the files to copy beside the weights, each opened once; a note tells what is not copied."""
+    found: list[Companion] = []
+    # Where a file system takes no notice of case, one of two such names would replace the other.
+    taken = {CONFIG.casefold(): CONFIG, INDEX.casefold(): INDEX}
+    for name in sorted(names, key=str.swapcase):  # the one in lower case comes first, and counts
         wanted = any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)
         if not wanted or name == CONFIG or name.endswith(".index.json") or fnmatchcase(name, _RECORDS):
             continue
@@ -435,13 +478,80 @@ def _companions(place: Place, names: Iterable[str], notes: list[str]) -> tuple[F
             )
             continue
         kind = place.kind(name)
-        if kind in ("file", "link"):
-            found.append(place.file(name))
-        if kind == "link":
-            notes.append(f"{shown(name)} is a link out of the folder, and what it leads to is copied")
-        elif kind == "gone":
+        length = len(os.fsencode(partial_name(name)))
+        if kind == "gone":
             notes.append(f"{shown(name)} is a link to a file that is gone, not copied")
-    return tuple(found)
+        elif kind == "other":
+            notes.append(f"{shown(name)} is no regular file, not copied")
+        elif kind == "folder":
+            pass
+        elif length > _LONGEST_NAME:
+            most = _LONGEST_NAME - len(partial_name(""))
+            notes.append(f"{shown(name)} has a name of more than {most} bytes, not copied")
+        elif (other := taken.setdefault(name.casefold(), name)) != name:
+            notes.append(
+                f"{shown(name)} differs from {shown(other)} in upper and lower case alone, not copied"
+            )
+        else:
+            try:
+                opened = place.file(name).open()
+            except CheckpointError as error:
+                problems += error.problems
+                continue
+            try:
+                found.append(Companion(opened.pin(), opened.size))
+            finally:
+                opened.close()
+            if kind == "link":
+                notes.append(f"{shown(name)} is a link out of the folder, and what it leads to is copied")
+    return tuple(sorted(found, key=lambda companion: companion.name))
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError that names every file which is not what it was when the plan was made."""
+    problems: list[Problem] = []
+    files = [shard.file for shard in checkpoint.shards]
+    for file in [*files, *(companion.file for companion in checkpoint.companions)]:
+        try:
+            file.open().close()
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(problems)
+
+
+def check_content(
+    checkpoint: Checkpoint, share: tuple[int, int] = (0, 1), progress: Callable[[int], None] = lambda n: None
+) -> None:
+    """Read the weight files whole, and raise unless each has the hash that the hub gives for it.
+
+    `share` is (rank, number of ranks), of which each reads its part. `progress` is called with the number of
+    bytes just read. Raises CheckpointError that names each file whose content is another one, and
+    MlaToolsError if the hub's hash of any file is not known.
+    """
+    unknown = [shard.name for shard in checkpoint.shards if not shard.tag]
+    if unknown:
+        raise MlaToolsError(
+            f"--check-source: the hash that the hub gives is not known for {_some(unknown)}. It is known for a"
+            " repository that is read in place, in the hub's cache, and in a folder of `hf download"
+            " --local-dir`, whose .cache has it."
+        )
+    rank, ranks = share
+    problems = []
+    for shard in checkpoint.shards[rank::ranks]:
+        digest = hashlib.sha256() if len(shard.tag) == 64 else hashlib.sha1(b"blob %d\0" % shard.size)
+        opened = shard.file.open()
+        try:
+            for offset in range(0, shard.size, _READ_AT_ONCE):
+                nbytes = min(_READ_AT_ONCE, shard.size - offset)
+                digest.update(opened.read(offset, nbytes).data)
+                progress(nbytes)
+        finally:
+            opened.close()
+        if (found := digest.hexdigest()) != shard.tag:
+            problems.append(Problem(shown(shard.name), "is not the hub's file", shard.tag, found, AGAIN))
+    if problems:
+        raise CheckpointError(problems)
 
 
 def _no_weights(place: Place, names: Iterable[str], places: dict[str, str] | None) -> Problem:

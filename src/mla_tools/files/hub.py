@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
-from mla_tools.files.place import Bytes, File, Folder, Kind, OpenFile, Place, check_range, shown
+from mla_tools.files.place import Bytes, File, Folder, Kind, OpenFile, Part, Place, check_range, shown
 from mla_tools.files.ranges import PassingError, Ranges, Sleep, passing, persist, refusal
 
 __all__ = ["Repository", "locate", "open_repository"]
@@ -248,6 +248,13 @@ class _RepositoryFile:
     @property
     def size(self) -> int:
         return self.repository.size(self.name)
+
+    @property
+    def stamp(self) -> str:
+        return ""
+
+    def pin(self, part: Part | None = None) -> File:
+        return self  # of one commit, which never changes
 
     def open(self) -> OpenFile:
         return self

@@ -6,11 +6,14 @@ the same code. The folder is here, the repository in `hub`.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +25,14 @@ __all__ = [
     "Bytes",
     "File",
     "Folder",
+    "Identity",
     "LocalFile",
     "OpenFile",
+    "Part",
     "Place",
     "as_file",
-    "copy",
     "cut_short",
+    "identity_of",
     "read_whole",
     "shown",
 ]
@@ -38,7 +43,26 @@ Bytes = NDArray[np.uint8]
 Kind = Literal["file", "link", "folder", "gone", "other"]
 
 _MAX_TRANSFER = 1 << 30  # macOS refuses a single read of 2 GiB and more
-_COPIED_AT_ONCE = 8 << 20
+
+# A hash that a hub gives a file: the sha256 of a large one, the git object id of a small one.
+_HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
+_MAX_METADATA = 4096
+
+# By what a file is known again: device, inode, size and time of its last change.
+Identity = tuple[int, int, int, int]
+
+
+class Part(NamedTuple):
+    """Bytes of a file that were read, by what they are known again."""
+
+    offset: int
+    nbytes: int
+    sha256: str
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """Return by what a file is known again."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class OpenFile(Protocol):
@@ -50,6 +74,9 @@ class OpenFile(Protocol):
     def read(self, offset: int, nbytes: int, into: Bytes | None = None) -> Bytes:
         """Return a range of bytes, in `into` if that is given; CheckpointError if the file ends before."""
 
+    def pin(self, part: Part | None = None) -> File:
+        """Return the file as one that opens only while it is what it is now, this part of it included."""
+
     def close(self) -> None: ...
 
 
@@ -59,8 +86,12 @@ class File(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def stamp(self) -> str:
+        """By what a pinned file is known on this machine, and nothing where its content is pinned."""
+
     def open(self) -> OpenFile:
-        """Raises CheckpointError if it is not there or no regular file."""
+        """Raises CheckpointError if it is not there, no regular file, or not what was pinned."""
 
 
 class Place(Protocol):
@@ -97,13 +128,22 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file of this machine."""
+    """A file of this machine; pinned, when it is known what it must be."""
 
     path: Path
+    identity: Identity | None = None
+    part: Part | None = None
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def stamp(self) -> str:
+        if self.identity is None:
+            return ""
+        _, inode, _, changed = self.identity
+        return f"inode {inode}, modified {_moment(changed)}"
 
     def open(self) -> OpenFile:
         try:
@@ -111,36 +151,82 @@ class LocalFile:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise CheckpointError([_unreadable(self.name, error)]) from error
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode):
-            return _OpenLocalFile(self.name, fd, status.st_size)
-        os.close(fd)
-        found = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise CheckpointError([Problem(shown(self.name), "is not a regular file", found=found)])
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                found = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+                raise CheckpointError([Problem(shown(self.name), "is not a regular file", found=found)])
+            opened = _OpenLocalFile(self, fd, identity_of(status))
+            opened.check()
+        except BaseException:
+            os.close(fd)
+            raise
+        return opened
 
 
 class _OpenLocalFile:
-    __slots__ = ("_fd", "_name", "size")
+    __slots__ = ("_fd", "_file", "_identity")
 
-    def __init__(self, name: str, fd: int, size: int) -> None:
-        self._name, self._fd, self.size = name, fd, size
+    def __init__(self, file: LocalFile, fd: int, identity: Identity) -> None:
+        self._file, self._fd, self._identity = file, fd, identity
+
+    @property
+    def size(self) -> int:
+        return self._identity[2]
+
+    def check(self) -> None:
+        """Raise CheckpointError if the file is not what was pinned."""
+        file = self._file
+        if file.identity is None:
+            return
+        if self._identity != file.identity:
+            raise _changed(file, _described(file.identity), _described(self._identity))
+        if file.part is not None:
+            offset, nbytes, wanted = file.part
+            found = hashlib.sha256(self.read(offset, nbytes).data).hexdigest()
+            if found != wanted:
+                raise _changed(file, f"a header with sha256 {wanted}", found)
 
     def read(self, offset: int, nbytes: int, into: Bytes | None = None) -> Bytes:
-        check_range(self._name, offset, nbytes, self.size)
+        name = self._file.name
+        check_range(name, offset, nbytes, self.size)
         data = np.empty(nbytes, np.uint8) if into is None else into
         view, done = data.data, 0
         while done < nbytes:
             try:
                 count = os.preadv(self._fd, [view[done : done + _MAX_TRANSFER]], offset + done)
             except OSError as error:
-                raise CheckpointError([_unreadable(self._name, error)]) from error
+                raise CheckpointError([_unreadable(name, error)]) from error
             if count == 0:
-                raise CheckpointError([cut_short(self._name, offset, nbytes, offset + done)])
+                raise CheckpointError([cut_short(name, offset, nbytes, offset + done)])
             done += count
         return data
 
+    def pin(self, part: Part | None = None) -> File:
+        return replace(self._file, identity=self._identity, part=part)
+
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _changed(file: LocalFile, needed: str, found: str) -> CheckpointError:
+    what = "was changed or replaced after the conversion was planned"
+    cause = "Nothing was completed. Leave the source as it is, and start again with --overwrite."
+    return CheckpointError([Problem(shown(file.name), what, needed, found, cause)])
+
+
+def _described(identity: Identity) -> str:
+    _, inode, size, changed = identity
+    return f"{size:,} bytes, modified {_moment(changed)}, inode {inode}"
+
+
+def _moment(nanoseconds: int) -> str:
+    """Return a time as people and machines read it, to the nanosecond."""
+    try:
+        second = datetime.fromtimestamp(nanoseconds // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, OSError, ValueError):
+        return f"{nanoseconds} ns"
+    return f"{second}.{nanoseconds % 10**9:09d}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +266,14 @@ class Folder:
 
     def kind(self, name: str) -> Kind:
         path = self.path / name
-        if path.is_file():
-            return "link" if path.is_symlink() and self._leads_out(path) else "file"
-        if path.is_dir():
-            return "folder"
-        return "gone" if path.is_symlink() and not path.exists() else "other"
+        try:
+            if path.is_file():
+                return "link" if path.is_symlink() and self._leads_out(path) else "file"
+            if path.is_dir():
+                return "folder"
+            return "gone" if path.is_symlink() and not path.exists() else "other"
+        except (OSError, RuntimeError):  # a name or a link that the file system cannot follow
+            return "other"
 
     def _leads_out(self, path: Path) -> bool:
         """Return whether a link leads out of the folder, other than to the blobs of a hub cache."""
@@ -196,7 +285,21 @@ class Folder:
         return LocalFile(self.path / name)
 
     def tag(self, name: str) -> str:
-        return ""
+        """Return the hash that the hub gave when it was asked for the file, where hf keeps it.
+
+        Source: the file names in the folder blobs of a hub cache, and the second line of what
+        `hf download --local-dir` notes of each file.
+        """
+        path = self.path / name
+        try:
+            target = path.resolve()
+            if path.is_symlink() and target.parent.name == "blobs" and _HASH.fullmatch(target.name):
+                return target.name
+            noted = self.path / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+            lines = read_whole(LocalFile(noted), _MAX_METADATA).decode().splitlines()
+        except (CheckpointError, OSError, RuntimeError, ValueError):
+            return ""
+        return lines[1] if len(lines) > 1 and _HASH.fullmatch(lines[1]) else ""
 
     def stop(self) -> None:
         pass
@@ -217,17 +320,6 @@ def read_whole(file: File, limit: int) -> bytes:
         return opened.read(0, opened.size).tobytes()
     finally:
         opened.close()
-
-
-def copy(file: File, path: Path) -> None:
-    """Write the bytes of a file to a new one; OSError where it cannot be written."""
-    source = file.open()
-    try:
-        with path.open("xb") as target:
-            for offset in range(0, source.size, _COPIED_AT_ONCE):
-                target.write(source.read(offset, min(_COPIED_AT_ONCE, source.size - offset)).data)
-    finally:
-        source.close()
 
 
 def check_range(name: str, offset: int, nbytes: int, size: int) -> None:

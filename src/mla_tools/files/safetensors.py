@@ -1,4 +1,4 @@
-"""safetensors files: the checked header, reads by range, and a writer whose file has its full size at once.
+"""safetensors files: the checked header, and the layout of a file that is to be written.
 
 A file is 8 bytes of header length, a JSON header, and the data without holes. Nothing here trusts the
 header: it is checked as a whole before any of its numbers is used, and nothing larger than the file is
@@ -7,32 +7,22 @@ ever allocated. Source: the safetensors format description.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, clipped
-from mla_tools.files.place import AGAIN, Bytes, File, OpenFile, as_file, shown
+from mla_tools.files.place import AGAIN, File, OpenFile, Part, as_file, shown
 from mla_tools.spec import DType, Spec
 
 __all__ = [
     "Entry",
     "Header",
     "Layout",
-    "Reader",
-    "Writer",
     "layout",
     "parse_object",
     "read_header",
@@ -46,8 +36,6 @@ _MAX_NAME = 4096
 _MAX_AXES = 64  # numpy's limit; it also bounds the work that a product of the axes can make
 _MAX_NUMBER = 1 << 63
 _MAX_PROBLEMS = 10_000
-_HASHED_AT_ONCE = 1 << 20
-_MAX_TRANSFER = 1 << 30  # macOS refuses a single write of 2 GiB and more
 
 _KEYS = {"dtype", "shape", "data_offsets"}
 _DTYPES = DType.__members__
@@ -69,7 +57,8 @@ class Entry:
 class Header:
     """The checked header of one file: what it holds and where.
 
-    `size` is that of the file in bytes, `digest` the sha256 of the header's JSON as it stands there, in hex.
+    `file` opens only while it is what it was; `size` is its size in bytes, `digest` the sha256 of the
+    header's JSON as it stands there, in hex.
     """
 
     file: File
@@ -90,6 +79,8 @@ def read_header(file: File | str | os.PathLike[str]) -> Header:
     try:
         size = opened.size
         raw = _read_raw_header(opened, name)
+        digest = hashlib.sha256(raw).hexdigest()
+        pinned = opened.pin(Part(_LENGTH_BYTES, len(raw), digest))
     finally:
         opened.close()
     try:
@@ -112,7 +103,7 @@ def read_header(file: File | str | os.PathLike[str]) -> Header:
             more = f"has {len(problems) - _MAX_PROBLEMS:,} more problems than are listed here"
             problems[_MAX_PROBLEMS:] = [Problem(name, more)]
         raise CheckpointError(problems)
-    return Header(source, entries, metadata, size, hashlib.sha256(raw).hexdigest())
+    return Header(pinned, entries, metadata, size, digest)
 
 
 def _read_raw_header(opened: OpenFile, file: str) -> bytes:
@@ -333,351 +324,3 @@ def layout(tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> Layout:
     return Layout(
         header, {name: start + offset for name, offset in relative.items()}, nbytes, start + reached
     )
-
-
-class Writer:
-    """A safetensors file that has its full size from the start and is filled in any order, by any thread.
-
-    The bytes go to `<path>.partial`, which takes the final name in `finish`, when every byte of every
-    tensor was written exactly once. A partial file that an earlier run left is replaced, unless `done`
-    names the tensors that it holds already: then it is gone on with. Leaving the context without `finish`
-    removes the partial file; `suspend` keeps it. Raises MlaToolsError, also for a full disk.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], layout: Layout, done: Collection[str] | None = None
-    ) -> None:
-        self.path = Path(path)
-        self.partial = partial_path(self.path)
-        self._layout = layout
-        self._ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.offsets}
-        self._left = dict(layout.nbytes)  # bytes of each tensor that are still to come
-        self._order = list(layout.offsets)
-        self._gapless = 0  # so many tensors of the file are written, from the first one on
-        self._digest = _Digest()
-        self._idle = threading.Condition()
-        self._busy = 0
-        self._open = True  # whether `write` is still allowed
-        # A file system writes to a file for one thread at a time, and the others would spin meanwhile.
-        self._turn = threading.Lock()
-        self._fd = -1
-        self._refuse_existing()
-        try:
-            if done is None:
-                self._start()
-            else:
-                self._go_on(done)
-        except OSError as error:
-            # What an earlier run wrote must not go, because it could not be opened once.
-            (self.abort if done is None else self.suspend)()
-            raise self._failed(error) from error
-
-    def _start(self) -> None:
-        # A new file, not the old one emptied: a run that still writes the old one must not hit ours.
-        self.partial.unlink(missing_ok=True)
-        self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        os.ftruncate(self._fd, self._layout.size)
-        self._write_at(memoryview(self._layout.header), 0)
-
-    def _go_on(self, done: Collection[str]) -> None:
-        advice = "start again with --overwrite"
-        try:
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise MlaToolsError(f"{self.partial} is gone, so it cannot be gone on with; {advice}") from error
-        header = self._layout.header
-        if os.fstat(self._fd).st_size != self._layout.size or os.pread(self._fd, len(header), 0) != header:
-            self.suspend()
-            raise MlaToolsError(f"{self.partial} is not the file that was begun; {advice}")
-        for name in done:
-            self._note(name, 0, self._layout.nbytes[name])
-
-    def write(self, name: str, start: int, data: Any) -> None:
-        """Write a contiguous buffer at byte `start` of a tensor; any thread may call this.
-
-        numpy lends no buffer of an ml_dtypes array: pass its `view(np.uint8)`.
-        """
-        if name not in self._layout.nbytes:
-            raise MlaToolsError(f"{shown(name)}: {self.path.name} has no place for this tensor")
-        view = memoryview(data)
-        end, nbytes = start + view.nbytes, self._layout.nbytes[name]
-        if not 0 <= start <= end <= nbytes:
-            raise MlaToolsError(f"{shown(name)}: bytes {start}..{end} are outside of its {nbytes} bytes")
-        if start == end:
-            return
-        with self._idle:
-            if not self._open:
-                raise MlaToolsError(f"{self.path.name} is closed; nothing more can be written to it")
-            self._busy += 1
-        try:
-            self._write_at(view.cast("B"), self._layout.offsets[name] + start)
-            with self._idle:
-                self._note(name, start, end)
-        except OSError as error:
-            raise self._failed(error) from error
-        finally:
-            with self._idle:
-                self._busy -= 1
-                self._idle.notify_all()
-
-    def _note(self, name: str, start: int, end: int) -> None:
-        if start < end:
-            self._ranges[name].append((start, end))
-            self._left[name] -= end - start
-
-    def hash(self) -> None:
-        """Begin with the sha256: hash what has been written from the start of the file without a gap.
-
-        One thread at a time may call this, or `seal`, which then has less left to do.
-        """
-        while self._gapless < len(self._order) and not self._left[self._order[self._gapless]]:
-            self._gapless += 1
-        offsets = [*self._layout.offsets.values(), self._layout.size]
-        try:
-            self._digest.update(self._fd, offsets[self._gapless])
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def sync(self) -> None:
-        """Return when all that is written so far is on disk for good."""
-        try:
-            sync(self._fd)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def finish(self) -> None:
-        """Give the file its final name, on disk for good; refused unless it was written completely.
-
-        After a refusal only `abort` is left.
-        """
-        self._complete()
-        try:
-            sync(self._fd)
-            self._refuse_existing()
-            if not self._is_ours():
-                raise MlaToolsError(f"{self.partial} was removed or replaced while it was written")
-            self.partial.rename(self.path)
-            self._close()
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def seal(self) -> str:
-        """Return the sha256 of the complete file, on disk for good but still under its partial name.
-
-        Refused like `finish`, which it takes the place of where several files become final together.
-        """
-        self._complete()
-        try:
-            sync(self._fd)
-            self._digest.update(self._fd, self._layout.size)
-            if not self._is_ours():
-                raise MlaToolsError(f"{self.partial} was removed or replaced while it was written")
-            self._close()
-        except OSError as error:
-            raise self._failed(error) from error
-        return self._digest.hexdigest()
-
-    def _complete(self) -> None:
-        """End writing, and raise unless every byte was written exactly once."""
-        with self._idle:
-            if not self._open:
-                raise MlaToolsError(f"{self.path.name} is closed already")
-        self._stop_writes()
-        if faults := self._faults():
-            more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-            lines = "\n  ".join(faults[:20])
-            raise MlaToolsError(f"{self.path.name} was not written exactly once:\n  {lines}{more}")
-
-    def suspend(self) -> None:
-        """Close the file and leave what is written of it, to be gone on with."""
-        self._stop_writes()
-        if self._fd >= 0:
-            with suppress(OSError):
-                self._close()
-
-    def abort(self) -> None:
-        """Remove the partial file, after the writes that are under way; nothing happens after `finish`."""
-        self._stop_writes()
-        if self._fd >= 0:
-            with suppress(OSError):
-                if self._is_ours():
-                    self.partial.unlink()
-            with suppress(OSError):
-                self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    def _stop_writes(self) -> None:
-        # A descriptor closed under a write could by then be that of another file.
-        with self._idle:
-            self._open = False
-            self._idle.wait_for(lambda: self._busy == 0)
-
-    def _write_at(self, view: memoryview, offset: int) -> None:
-        done = 0
-        with self._turn:
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done : done + _MAX_TRANSFER], offset + done)
-
-    def _faults(self) -> list[str]:
-        faults = []
-        for name, ranges in self._ranges.items():
-            reached = 0
-            for start, end in sorted(ranges):
-                if start > reached:
-                    faults.append(f"{shown(name)}: bytes {reached}..{start} were not written")
-                elif start < reached:
-                    faults.append(f"{shown(name)}: bytes {start}..{min(reached, end)} were written twice")
-                reached = max(reached, end)
-            if reached < (nbytes := self._layout.nbytes[name]):
-                faults.append(f"{shown(name)}: bytes {reached}..{nbytes} were not written")
-        return faults
-
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.path):
-            raise MlaToolsError(f"{self.path} exists already; remove it or choose another place")
-
-    def _is_ours(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._fd), self.partial.lstat())
-        except FileNotFoundError:
-            return False
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, -1
-        os.close(fd)
-
-    def _failed(self, error: OSError) -> MlaToolsError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = f"it needs {self._layout.size:,} bytes; free some space or choose another disk"
-        else:
-            advice = "check the folder, its permissions and the disk"
-        return MlaToolsError(f"{self.path} cannot be written: {error.strerror}; {advice}")
-
-
-def partial_path(path: Path) -> Path:
-    """Return where the bytes of a file go until it is complete."""
-    return path.with_name(path.name + ".partial")
-
-
-def sync(fd: int) -> None:
-    """Return when the bytes of a file are on disk for good."""
-    if sys.platform == "darwin":  # there, fsync leaves them in the cache of the drive
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on disk for good."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # Some network file systems cannot sync a folder; the file itself is safe there.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
-
-
-def sha256_of(fd: int) -> str:
-    """Return the sha256 of an open file in hexadecimal."""
-    digest = _Digest()
-    digest.update(fd, os.fstat(fd).st_size)
-    return digest.hexdigest()
-
-
-class _Digest:
-    """The sha256 of a file as far as it was read."""
-
-    def __init__(self) -> None:
-        self._sha256, self._reached = hashlib.sha256(), 0
-
-    def update(self, fd: int, end: int) -> None:
-        """Go on to byte `end`, or to the end of the file; nothing if that was reached before."""
-        buffer = memoryview(bytearray(min(_HASHED_AT_ONCE, max(0, end - self._reached))))
-        while count := os.preadv(fd, [buffer[: end - self._reached]], self._reached):
-            self._sha256.update(buffer[:count])
-            self._reached += count
-
-    def hexdigest(self) -> str:
-        """Return the sha256 in hexadecimal."""
-        return self._sha256.hexdigest()
-
-
-class _Used:
-    """An open file of a Reader, and how many reads use it now."""
-
-    __slots__ = ("opened", "users")
-
-    def __init__(self, opened: OpenFile) -> None:
-        self.opened, self.users = opened, 0
-
-
-class Reader:
-    """Reads ranges of files from any thread; keeps the `limit` files used last open."""
-
-    def __init__(self, limit: int = 64) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._files: OrderedDict[File, _Used] = OrderedDict()
-        self._closed = False
-
-    def read(
-        self, file: File | str | os.PathLike[str], offset: int, nbytes: int, into: Bytes | None = None
-    ) -> Bytes:
-        """Return `nbytes` bytes from byte `offset` of a file, in a buffer of that size if one is given.
-
-        Raises CheckpointError if the file ends before.
-        """
-        with self._use(as_file(file)) as opened:
-            return opened.read(offset, nbytes, into)
-
-    def close(self) -> None:
-        """Close every file; reads that are under way end first, later ones are refused."""
-        with self._lock:
-            self._closed, self._limit = True, 0
-            self._trim()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @contextmanager
-    def _use(self, file: File) -> Iterator[OpenFile]:
-        with self._lock:
-            if self._closed:
-                raise MlaToolsError(f"{shown(file.name)} cannot be read: the reader is closed")
-            used = self._files.get(file)
-            if used is None:
-                used = self._files[file] = _Used(file.open())
-            else:
-                self._files.move_to_end(file)
-            used.users += 1
-            self._trim()
-        try:
-            yield used.opened
-        finally:
-            with self._lock:
-                used.users -= 1
-                self._trim()
-
-    def _trim(self) -> None:
-        # A file in use stays open: its descriptor, once closed, could be given to another file.
-        excess = len(self._files) - self._limit
-        if excess > 0:
-            idle = [file for file, used in self._files.items() if not used.users]
-            for file in idle[:excess]:
-                self._files.pop(file).opened.close()

@@ -1,0 +1,127 @@
+"""What the command prints, and what becomes of an error that nobody foresaw."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TextIO
+
+from mla_tools.errors import CheckpointError, MlaToolsError
+
+__all__ = ["INTERRUPTED", "PIPE_CLOSED", "ended", "error_json", "printable", "say", "show"]
+
+INTERRUPTED = 130
+PIPE_CLOSED = 141  # what a shell gives for a process that SIGPIPE ended
+
+# All that moves a terminal's cursor, colours it or turns the direction of writing; tabs and line ends stay.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Return a text in which nothing of a file can act on a terminal: control characters are escaped."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def show(text: str) -> None:
+    """Print a result on stdout, all of it or an OSError."""
+    _write(sys.stdout, text)
+
+
+def say(text: str) -> None:
+    """Print a message on stderr, if anybody still reads there."""
+    with suppress(OSError, ValueError):
+        _write(sys.stderr, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(printable(text) + "\n")
+    stream.flush()
+
+
+def error_json(error: Exception) -> dict[str, Any]:
+    """Return an error as plain values; a checkpoint's problems one by one."""
+    problems = error.problems if isinstance(error, CheckpointError) else ()
+    listed = [{key: getattr(problem, key) for key in problem.__dataclass_fields__} for problem in problems]
+    return {"error": str(error), "problems": listed}
+
+
+def ended(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
+    """Return the exit code of a piece of work, after printing a sentence for whatever it raised.
+
+    This is the one place where an error becomes text: nothing passes it but what ends the process at once.
+    With `as_json` the error is on stdout too, as JSON; with `debug` the traceback is on stderr.
+    """
+    try:
+        return work()
+    except MlaToolsError as error:
+        return _failed(error, error.exit_code, as_json)
+    except BrokenPipeError as error:
+        if _is_stdout(error):
+            return PIPE_CLOSED
+        return _failed(error, 1, as_json)
+    except KeyboardInterrupt as error:
+        return _failed(MlaToolsError(str(error) or "interrupted; nothing was written"), INTERRUPTED, as_json)
+    except Exception as error:
+        if debug:
+            say(traceback.format_exc())
+        return _failed(_sentence(error), 1, as_json)
+
+
+def _failed(error: Exception, code: int, as_json: bool) -> int:
+    if as_json:
+        with suppress(OSError, ValueError):
+            show(json.dumps(error_json(error), indent=2))
+    _forget_stdout()
+    before = "" if code == INTERRUPTED else "error: "
+    say("\n".join([f"{before}{error}", *getattr(error, "__notes__", ())]))
+    return code
+
+
+def _is_stdout(error: BrokenPipeError) -> bool:
+    """Return whether nobody reads what is printed any more; then what is left of it is thrown away."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _forget_stdout()
+        return True
+    return False
+
+
+def _forget_stdout() -> None:
+    """Throw away what stdout could not take, or Python would try again at its end and complain."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            fd = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(fd, sys.stdout.fileno())
+            os.close(fd)
+
+
+def _sentence(error: Exception) -> MlaToolsError:
+    """Return an error that nobody foresaw as one that says what it is and what to do."""
+    notes = getattr(error, "__notes__", ())
+    if isinstance(error, OSError) and error.errno is not None:
+        what = error.strerror or os.strerror(error.errno)
+        named = [str(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+        text = ": ".join([*named, what])
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            text += " (ulimit -n says how many are allowed)"
+    elif isinstance(error, MemoryError):
+        text = "there is not enough memory; --max-memory makes a conversion take less"
+    else:
+        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = (
+            f"mla-sanitize itself failed ({detail}). That is a defect, whatever the input was: please report"
+            " it, with what --debug shows."
+        )
+    made = MlaToolsError(text)
+    for note in notes:
+        made.add_note(note)
+    return made

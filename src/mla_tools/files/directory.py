@@ -1,0 +1,194 @@
+"""A folder that is open: everything in it is reached through its descriptor, and never through a link.
+
+A path can lead elsewhere the next time that it is used, and a name in a folder can be a link to a file of
+somebody else. So a folder that is written, or trusted, is opened once; a name in it stands for a regular
+file that has no other name, or it is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mla_tools.errors import MlaToolsError
+from mla_tools.files.place import Identity, identity_of, shown
+
+__all__ = ["PARTIAL", "Directory", "longest_name", "partial_name", "sync"]
+
+# What the name of a file ends with until the file is complete.
+PARTIAL = ".partial"
+
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a named pipe would wait for its writer
+
+# Of a name in bytes, where the file system does not say.
+_LONGEST_NAME = 255
+
+
+def partial_name(name: str) -> str:
+    """Return the name that a file has until it is complete."""
+    return name + PARTIAL
+
+
+def longest_name(folder: Path) -> int:
+    """Return how many bytes a name in a folder, which need not be there yet, may have."""
+    for path in (folder, *folder.absolute().parents):
+        with suppress(OSError, ValueError):
+            return os.pathconf(path, "PC_NAME_MAX")
+    return _LONGEST_NAME
+
+
+def sync(fd: int) -> None:
+    """Return when the bytes of a file are on disk for good."""
+    if sys.platform == "darwin":  # there, fsync leaves them in the cache of the drive
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+class Directory:
+    """An open folder; OSError if there is none at this path.
+
+    What goes wrong with a file in it is an OSError, and MlaToolsError for a name that is a link, no regular
+    file, or not the only name of its file: such a file may be anybody's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Let go of the folder; a second time does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return self.status(name) is not None
+
+    def names(self) -> list[str]:
+        """Return the names of all that lies there, in order."""
+        return sorted(os.listdir(self._fd))  # noqa: PTH208
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Return what the file system says about a name, of a link about itself; None if it is not there."""
+        try:
+            return os.stat(_plain(name), dir_fd=self._fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def is_path(self) -> bool:
+        """Return whether the path still leads to this folder."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._fd))
+        except OSError:
+            return False
+
+    def open(self, name: str, *, write: bool = False, append: bool = False) -> int:
+        """Return a descriptor of a file that is there."""
+        flags = (os.O_RDWR if write or append else os.O_RDONLY) | (os.O_APPEND if append else 0)
+        try:
+            fd = os.open(_plain(name), flags | _FLAGS, dir_fd=self._fd)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EMLINK):
+                raise self._strange(name, "is a link") from error
+            if error.errno in (errno.EISDIR, errno.ENXIO):
+                raise self._strange(name, "is no regular file") from error
+            raise
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._strange(name, "is no regular file")
+            if status.st_nlink > 1:
+                raise self._strange(name, "is also a file elsewhere (a hard link)")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def create(self, name: str, *, append: bool = False) -> int:
+        """Return a descriptor of a new file; FileExistsError if there is anything by that name."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | (os.O_APPEND if append else 0)
+        return os.open(_plain(name), flags | _FLAGS, 0o666, dir_fd=self._fd)
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return the bytes of a small file, None if it is not there; MlaToolsError if they are too many."""
+        try:
+            fd = self.open(name)
+        except FileNotFoundError:
+            return None
+        try:
+            size = os.fstat(fd).st_size
+            if size > limit:
+                raise self._strange(name, f"is too large for what it is ({size:,} bytes, at most {limit:,})")
+            data = b""
+            while piece := os.pread(fd, size - len(data), len(data)):
+                data += piece
+            return data
+        finally:
+            os.close(fd)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a new small file, on disk for good but for its name."""
+        fd = self.create(name)
+        try:
+            view = memoryview(data)
+            while view:  # of what a full disk does not take, write says so only when asked again
+                view = view[os.write(fd, view) :]
+            sync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name; MlaToolsError if something has that name already."""
+        if new in self:
+            path = self.path / new
+            raise MlaToolsError(f"{path} exists already; remove it or choose another place")
+        os.rename(_plain(old), _plain(new), src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def remove(self, name: str, known: Identity | None = None) -> bool:
+        """Remove a name, only if it stands for the file that is known; return whether it is gone."""
+        status = self.status(name)
+        if status is None:
+            return True
+        if known is not None and identity_of(status) != known:
+            return False
+        with suppress(FileNotFoundError):
+            os.unlink(_plain(name), dir_fd=self._fd)
+        return True
+
+    def sync(self) -> None:
+        """Return when the names in the folder are on disk for good."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            # Some network file systems cannot sync a folder; the file itself is safe there.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+
+    def _strange(self, name: str, what: str) -> MlaToolsError:
+        return MlaToolsError(
+            f"{self.path / shown(name)} {what}, and this tool writes no such files; remove it, or choose"
+            " another folder"
+        )
+
+
+def _plain(name: str) -> str:
+    """Return a name that stands for something in a folder, and for nothing above or below it."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise MlaToolsError(f"{shown(name)} is not the plain name of a file")
+    return name

@@ -1,0 +1,147 @@
+"""The files of an output, compared with its record: the same bytes, nothing gone, nothing more."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from mla_tools.errors import CheckpointError, MlaToolsError, Problem
+from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.files.directory import Directory
+from mla_tools.files.place import Folder, OpenFile, read_whole, shown
+from mla_tools.output import RECORD, Record, journals
+from mla_tools.output.record import MAX_RECORD
+
+__all__ = ["Verified", "verify_output"]
+
+AGAIN = "Convert again, or copy the file again from where it was whole."
+
+_READ_AT_ONCE = 8 << 20
+_WEIGHTS = ".safetensors"
+
+# What people and systems put beside a model, and no reader of models opens.
+_BESIDE = (".*", "README*", "LICENSE*", "NOTICE*", "*.md", "*.png", "*.jpg", "*.svg")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """An output that is as it was written: its files, their bytes, and what else lies beside them."""
+
+    files: int
+    nbytes: int
+    notes: tuple[str, ...]
+
+
+def verify_output(
+    path: Path, *, quick: bool = False, progress: Callable[[int], None] = lambda nbytes: None
+) -> Verified:
+    """Return what an output is, all files of which are as they were written.
+
+    Headers and index are read, sizes and the sha256 of every file compared with mla_tools.json; `quick`
+    leaves out the sha256 of the weight files, but not that of their headers. Anything else in the folder that
+    a reader could open is a problem. `progress` is called with the number of bytes just read. Raises
+    CheckpointError that lists everything that differs, and MlaToolsError for a folder that is no output of
+    this tool.
+    """
+    folder = Folder(path)
+    record = _record(folder)
+    problems = []
+    total = 0
+    for name, (nbytes, sha256) in sorted(record.files.items()):
+        total += nbytes
+        problem = _file_problem(folder, record, name, nbytes, sha256, quick)
+        if problem is not None:
+            problems.append(problem)
+        progress(nbytes)
+    try:
+        problems += open_checkpoint(folder).problems
+    except CheckpointError as error:
+        problems += error.problems
+    strays, notes = _beside(path, record)
+    if problems or strays:
+        # What the record says and the folder contradicts comes first.
+        raise CheckpointError([*dict.fromkeys(problems), *strays])
+    return Verified(len(record.files), total, notes)
+
+
+def _record(folder: Folder) -> Record:
+    """Return the sound record of a folder; CheckpointError or MlaToolsError without one."""
+    folder.names()  # is there such a folder?
+    try:
+        with Directory(folder.path) as opened:
+            unfinished = bool(journals(opened))
+    except OSError as error:
+        raise MlaToolsError(f"{folder} cannot be read: {error.strerror}") from error
+    if unfinished:
+        raise MlaToolsError(
+            f"{folder} is unfinished: finish it with mla-sanitize convert --resume, with the options that it"
+            " had"
+        )
+    if RECORD not in folder.names():
+        raise MlaToolsError(f"{folder} holds no {RECORD}, so there is nothing to compare it with")
+    try:
+        return Record.parse(read_whole(folder.file(RECORD), MAX_RECORD))
+    except ValueError as error:
+        raise MlaToolsError(
+            f"{RECORD} in {folder} {error}, so there is nothing to compare it with"
+        ) from error
+
+
+def _beside(path: Path, record: Record) -> tuple[list[Problem], tuple[str, ...]]:
+    """Return problems and notes on what lies in a folder and is not of the conversion."""
+    problems, notes = [], []
+    for item in sorted(path.iterdir()):
+        if item.name in record.files or item.name == RECORD:
+            continue
+        if any(fnmatchcase(item.name, pattern) for pattern in _BESIDE):
+            notes.append(f"{shown(item.name)} was not written by the conversion")
+        else:
+            loads = fnmatchcase(item.name, f"model*{_WEIGHTS}")  # whatever the index says
+            what = "was not written by the conversion" + (", and mlx-lm would load it" if loads else "")
+            problems.append(Problem(shown(item.name), what, cause="Remove it, if it is not yours to keep."))
+    return problems, tuple(notes)
+
+
+def _file_problem(
+    folder: Folder, record: Record, name: str, nbytes: int, sha256: str, quick: bool
+) -> Problem | None:
+    """Return in what a file is not what it was, or None."""
+    if folder.kind(name) == "link":
+        return Problem(shown(name), "is a link out of the folder", cause=AGAIN)
+    try:
+        opened = folder.file(name).open()
+    except CheckpointError as error:
+        return error.problems[0]
+    try:
+        if opened.size != nbytes:
+            found = f"{opened.size:,} bytes"
+            return Problem(shown(name), "has another size", f"{nbytes:,} bytes", found, AGAIN)
+        header = record.header_digest(name)
+        if header is not None and (found := _header_digest(opened)) != header:
+            return Problem(shown(name), "has another header", f"sha256 {header}", found, AGAIN)
+        if quick and header is not None:
+            return None
+        if (found := _digest(opened, nbytes)) != sha256:
+            return Problem(shown(name), "has other bytes", f"sha256 {sha256}", found, AGAIN)
+    except CheckpointError as error:
+        return error.problems[0]
+    finally:
+        opened.close()
+    return None
+
+
+def _header_digest(opened: OpenFile) -> str:
+    """Return the sha256 of the header of a weight file, its length included, or of what stands there."""
+    length = int.from_bytes(opened.read(0, min(8, opened.size)).tobytes(), "little")
+    return _digest(opened, min(8 + length, opened.size))
+
+
+def _digest(opened: OpenFile, nbytes: int) -> str:
+    """Return the sha256 of the first bytes of a file."""
+    digest = hashlib.sha256()
+    for offset in range(0, nbytes, _READ_AT_ONCE):
+        digest.update(opened.read(offset, min(_READ_AT_ONCE, nbytes - offset)).data)
+    return digest.hexdigest()
