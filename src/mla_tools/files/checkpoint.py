@@ -532,8 +532,8 @@ def check_content(
     unknown = [shard.name for shard in checkpoint.shards if not shard.tag]
     if unknown:
         raise MlaToolsError(
-            f"--check-source: the hash that the hub gives is not known for {_some(unknown)}. It is known for a"
-            " repository that is read in place, in the hub's cache, and in a folder of `hf download"
+            f"--check-source: the hash that the hub gives is not known for {_some(unknown)}. It is known for"
+            " a repository that is read in place, in the hub's cache, and in a folder of `hf download"
             " --local-dir`, whose .cache has it."
         )
     rank, ranks = share
