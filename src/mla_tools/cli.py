@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         try:
             args = parser().parse_args(given)
-        except SystemExit as stop:  # argparse has shown the help or the version
-            sys.stdout.flush()
+        except SystemExit as stop:  # the help or the version was asked for, and is shown
             return int(stop.code or 0)
         command: Callable[[argparse.Namespace], int] = args.run
         return command(args)
@@ -348,6 +347,9 @@ def _embed_q(text: str) -> EmbedQ:
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors become text where all errors do."""
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        show(message.rstrip())
 
     def error(self, message: str) -> NoReturn:
         say(self.format_usage().rstrip())

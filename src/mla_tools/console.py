@@ -28,9 +28,20 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+class ClosedError(Exception):
+    """Nobody reads stdout any more."""
+
+
 def show(text: str) -> None:
-    """Print a result on stdout, all of it or an OSError."""
-    _write(sys.stdout, text)
+    """Print a result on stdout; ClosedError if nobody reads it, MlaToolsError if it cannot be taken."""
+    try:
+        _write(sys.stdout, text)
+    except BrokenPipeError as error:
+        _forget_stdout()
+        raise ClosedError from error
+    except OSError as error:
+        _forget_stdout()
+        raise MlaToolsError(f"the result cannot be printed: {error.strerror}") from error
 
 
 def say(text: str) -> None:
@@ -61,10 +72,8 @@ def ended(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
         return work()
     except MlaToolsError as error:
         return _failed(error, error.exit_code, as_json)
-    except BrokenPipeError as error:
-        if _is_stdout(error):
-            return PIPE_CLOSED
-        return _failed(error, 1, as_json)
+    except ClosedError:
+        return PIPE_CLOSED
     except KeyboardInterrupt as error:
         return _failed(MlaToolsError(str(error) or "interrupted; nothing was written"), INTERRUPTED, as_json)
     except Exception as error:
@@ -75,33 +84,19 @@ def ended(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
 
 def _failed(error: Exception, code: int, as_json: bool) -> int:
     if as_json:
-        with suppress(OSError, ValueError):
+        with suppress(ClosedError, MlaToolsError):
             show(json.dumps(error_json(error), indent=2))
-    _forget_stdout()
     before = "" if code == INTERRUPTED else "error: "
     say("\n".join([f"{before}{error}", *getattr(error, "__notes__", ())]))
     return code
 
 
-def _is_stdout(error: BrokenPipeError) -> bool:
-    """Return whether nobody reads what is printed any more; then what is left of it is thrown away."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        _forget_stdout()
-        return True
-    return False
-
-
 def _forget_stdout() -> None:
     """Throw away what stdout could not take, or Python would try again at its end and complain."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with suppress(OSError, ValueError):
-            fd = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(fd, sys.stdout.fileno())
-            os.close(fd)
+    with suppress(OSError, ValueError):
+        fd = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(fd, sys.stdout.fileno())
+        os.close(fd)
 
 
 def _sentence(error: Exception) -> MlaToolsError:
