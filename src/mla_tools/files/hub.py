@@ -115,9 +115,9 @@ def _downloaded(name: str, revision: str | None) -> Path:
     except HFValidationError:
         raise
     except Exception as error:  # what goes wrong in a library that reads settings, files and answers
-        hub_headers()  # it may be one of the settings, which these name
+        checked_endpoint(constants().ENDPOINT)  # it may be one of the settings, which these name
+        hub_headers()
         session()
-        checked_endpoint(constants().ENDPOINT)
         raise MlaToolsError(f"the repository cannot be downloaded: {told(error)}") from error
 
 

@@ -245,13 +245,14 @@ class Client:
         try:
             request = client.build_request("GET", address, headers={**own, **headers}, timeout=timeout)
         except Exception as error:  # the HTTP library has more errors for an address than it names
-            what = f"{shown(without_user(address))} is no address ({told(error)})"
-            advice = " Check HF_ENDPOINT." if at_hub else ""
-            raise MlaToolsError(f"{subject}: {what}.{advice}") from error
+            what = f"{shown(without_user(address))}, which is no address ({told(error)})"
+            by = "HF_ENDPOINT leads to" if address == url else "the hub redirects to"
+            raise MlaToolsError(f"{subject}: {by} {what}.") from error
         try:
             response = client.send(request, stream=True, follow_redirects=False)
         except HTTPError as error:
-            if type(error.__context__).__name__ == "InvalidURL":  # a Location is read even if not followed
+            # Before its second version the library reads a Location even if it is not to follow it.
+            if type(error.__context__).__name__ == "InvalidURL":
                 what = f"the hub redirects to what is no address ({told(error.__context__)})"
                 raise MlaToolsError(f"{subject}: {what}.") from error
             if type(error).__name__.startswith("Connect"):

@@ -65,13 +65,13 @@ def checked_endpoint(endpoint: str) -> str:
 
 def hub_headers() -> dict[str, str]:
     """Return the headers for a hub, with the user's token if there is one; MlaToolsError for a bad token."""
-    from huggingface_hub import get_token
-
     # Not build_hf_headers: to fill in the user agent it asks the hub for a list, and reads any answer whole.
     headers = {"User-Agent": "mla-tools"}
     if constants().HF_HUB_DISABLE_IMPLICIT_TOKEN:
         return headers
     try:
+        from huggingface_hub import get_token
+
         token = get_token()
     except Exception as error:  # files, keyrings and servers of any kind may take part in it
         reason = f"the token for the hub cannot be read: {told(error)}"
@@ -86,9 +86,9 @@ def hub_headers() -> dict[str, str]:
 
 def session() -> Any:
     """Return huggingface_hub's HTTP client; MlaToolsError where proxies or certificates cannot be used."""
-    from huggingface_hub import get_session
-
     try:
+        from huggingface_hub import get_session
+
         return get_session()
     except Exception as error:  # of the HTTP library, of ssl, or of a package that a proxy needs
         files = isinstance(error, OSError)
