@@ -86,14 +86,15 @@ class Slow:
         self.given_up.set()
         assert self.ended.wait(timeout=60)
 
-    def drip(self, call: Call, head: bytes, pieces: Iterator[bytes]) -> None:
-        """Send the head of an answer at once, and a piece each second."""
+    def drip(self, call: Call, head: bytes, pieces: Iterator[bytes], last: bytes = b"") -> None:
+        """Send the head of an answer at once, a piece each second, and the last when nobody waits."""
         call.handler.close_connection = True
         try:
             call.handler.wfile.write(head)
             while not self.given_up.wait(timeout=0.001) and self.now < self.LIMIT:
                 self.now += 1
                 call.handler.wfile.write(next(pieces))
+            call.handler.wfile.write(last)
         except ConnectionError:
             self.given_up.wait(timeout=60)
         finally:

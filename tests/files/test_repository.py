@@ -26,7 +26,7 @@ from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.hub import Repository, open_repository
-from mla_tools.files.network import Pace
+from mla_tools.files.network import Arrival, Pace, PassingError
 from mla_tools.files.place import read_whole
 from mla_tools.files.safetensors import Reader
 from mla_tools.output import RECORD
@@ -349,6 +349,29 @@ def test_a_listing_that_comes_a_byte_a_second_is_asked_for_again(
     assert repository.names() == ["config.json", "model.safetensors"]
     assert slow.waits == [0.5]
     assert slow.now < Slow.LIMIT
+
+
+def test_what_comes_after_all_have_left_is_not_stored() -> None:
+    stored: list[bytes] = []
+    arrival = Arrival()
+    arrival.take(b"ab", stored.append)
+    arrival.leave()
+    with pytest.raises(PassingError):
+        arrival.take(b"c", stored.append)
+    assert (stored, arrival.count) == ([b"ab"], 2)
+
+
+def test_late_bytes_do_not_get_into_what_was_read_since(hub: Hub) -> None:
+    slow = Slow()
+    repository = open_repository(NAME, endpoint=hub.url, sleep=slow.sleep, clock=slow.clock)
+
+    def late(call: Call) -> None:
+        said = f"Content-Length: {len(DATA)}\r\n\r\n".encode()
+        slow.drip(call, OK + said, itertools.repeat(b""), last=bytes(100_000))
+
+    hub.faults = [late]
+    assert read(repository, 0, len(DATA)) == DATA
+    assert slow.waits == [0.5]
 
 
 def test_a_read_from_a_silent_server_can_be_stopped(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
