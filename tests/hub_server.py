@@ -26,6 +26,7 @@ class Asked:
     path: str
     range: str
     token: str
+    encoding: str
 
 
 class Call:
@@ -63,11 +64,49 @@ class Call:
 Fault = Callable[[Call], None]
 
 
+class Slow:
+    """A clock of its own, and a server that sends a piece each second of it; then tries wait for nothing.
+
+    After LIMIT seconds the server hangs up: whoever has waited so long waits for ever.
+    """
+
+    LIMIT = 2000
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+        self.given_up, self.ended = threading.Event(), threading.Event()
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Note a wait between two tries, during which the server comes to an end."""
+        self.waits.append(seconds)
+        self.given_up.set()
+        assert self.ended.wait(timeout=60)
+
+    def drip(self, call: Call, head: bytes, pieces: Iterator[bytes], last: bytes = b"") -> None:
+        """Send the head of an answer at once, a piece each second, and the last when nobody waits."""
+        call.handler.close_connection = True
+        try:
+            call.handler.wfile.write(head)
+            while not self.given_up.wait(timeout=0.001) and self.now < self.LIMIT:
+                self.now += 1
+                call.handler.wfile.write(next(pieces))
+            call.handler.wfile.write(last)
+        except ConnectionError:
+            self.given_up.wait(timeout=60)
+        finally:
+            self.ended.set()
+
+
 @dataclass
 class Hub:
     """A repository of `files`; `faults` are used up by the requests for ranges, one each.
 
-    With `cdn` the hub redirects to a second server, whose addresses hold while `signature` stays.
+    With `cdn` the hub redirects to a second server, whose addresses hold while `signature` stays. `over` is
+    set when it is: a fault may wait for that.
     """
 
     files: dict[str, bytes]
@@ -81,6 +120,7 @@ class Hub:
     signature: int = 1
     asked: list[Asked] = field(default_factory=list)
     served: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def siblings(self) -> list[dict[str, Any]]:
@@ -101,9 +141,9 @@ class Hub:
         """Answer one request."""
         parts = urlsplit(handler.path)
         path = unquote(parts.path)
-        token = handler.headers.get("Authorization", "")
         with self.lock:
-            self.asked.append(Asked(server, path, handler.headers.get("Range", ""), token))
+            asked = (handler.headers.get(key, "") for key in ("Range", "Authorization", "Accept-Encoding"))
+            self.asked.append(Asked(server, path, *asked))
         if path.startswith("/api/models/"):
             call = Call(handler, "", b"")
             if self.listing:
@@ -167,6 +207,7 @@ def running(files: dict[str, bytes]) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         for server in servers:
             server.shutdown()
             server.server_close()

@@ -1,4 +1,4 @@
-"""No module is ever imported from the working directory, whatever lies there and however the command starts."""
+"""No module is ever imported from the working directory, whatever lies there and however it is started."""
 
 from __future__ import annotations
 

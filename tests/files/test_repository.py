@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -16,13 +19,14 @@ from typing import Any
 
 import pytest
 from attacks.hostile import entry, folder_with_config, index, packed, shard, table
-from hub_server import COMMIT, LATER, NAME, Call, Hub, running
+from hub_server import COMMIT, LATER, NAME, Call, Hub, Slow, running
 
 from mla_tools import cli
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.hub import Repository, open_repository
+from mla_tools.files.network import Arrival, Pace, PassingError
 from mla_tools.files.place import read_whole
 from mla_tools.files.reader import Reader
 from mla_tools.output import RECORD
@@ -279,6 +283,117 @@ def test_a_failure_that_passes_costs_a_wait(hub: Hub, fault: Any, wait: float, c
     assert waits == [wait]
 
 
+# Reasons at a time: the seconds since the request, those for the body when its head is there, the bytes.
+PACES = [
+    pytest.param([(60, None, 0)], "", id="head"),
+    pytest.param([(61, None, 0)], "no answer came in 60 seconds", id="no_head"),
+    pytest.param([(50, 500, 0), (80, 500, 0)], "", id="quiet"),
+    pytest.param([(50, 500, 0), (81, 500, 0)], "fewer than 1,024 bytes a second come", id="too_quiet"),
+    pytest.param([(0, 500, 0), (30, 500, 30_720), (60, 500, 61_440)], "", id="slow"),
+    pytest.param(
+        [(0, 500, 0), (30, 500, 30_720), (61, 500, 61_439)], "fewer than 1,024 bytes a second", id="too_slow"
+    ),
+    pytest.param(
+        [(0, 500, 0), (1, 500, 1 << 30), (32, 500, 1 << 30)], "fewer than 1,024 bytes a second", id="burst"
+    ),
+    pytest.param([(60, 25, 0), (85, 25, 1)], "", id="in_time"),
+    pytest.param(
+        [(60, 25, 0), (70, 25, 1 << 20), (86, 25, 1 << 21)], "not complete after 25 seconds", id="too_long"
+    ),
+]
+
+
+@pytest.mark.parametrize(("looks", "reason"), PACES)
+def test_an_answer_has_so_much_time(looks: list[tuple[float, float | None, int]], reason: str) -> None:
+    pace = Pace(1000.0, 30.0)
+    *before, last = [pace.breach(1000 + now, seconds, count) for now, seconds, count in looks]
+    assert not any(before)
+    assert (reason in last) if reason else last == ""
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+FRAMED = b"Transfer-Encoding: chunked\r\n\r\n1;"
+PIECES = [
+    pytest.param(b"HTTP/1.1 2", b"0", id="status_line"),
+    pytest.param(OK + b"X-Slow: ", b"x", id="header"),
+    pytest.param(b"", b"HTTP/1.1 100 Continue\r\n\r\n", id="interim"),
+    pytest.param(OK + FRAMED, b"x", id="frame"),
+    pytest.param(OK + b"Content-Length: 1000000\r\n\r\n", None, id="body"),
+]
+
+
+@pytest.mark.parametrize(("head", "piece"), PIECES)
+def test_a_server_that_sends_a_byte_a_second_is_asked_again(
+    hub: Hub, head: bytes, piece: bytes | None
+) -> None:
+    slow = Slow()
+    repository = open_repository(NAME, endpoint=hub.url, sleep=slow.sleep, clock=slow.clock)
+    data = itertools.repeat(piece) if piece else (DATA[k : k + 1] for k in itertools.count())
+    hub.faults = [lambda call: slow.drip(call, head, data)]
+    assert read(repository, 0, len(DATA)) == DATA
+    assert slow.waits == [0.5]
+    assert slow.now < Slow.LIMIT
+
+
+@pytest.mark.parametrize(("head", "piece"), PIECES)
+def test_a_listing_that_comes_a_byte_a_second_is_asked_for_again(
+    hub: Hub, head: bytes, piece: bytes | None
+) -> None:
+    slow = Slow()
+
+    def once(call: Call) -> None:
+        hub.listing = None
+        slow.drip(call, head, itertools.repeat(piece or b" "))
+
+    hub.listing = once
+    repository = open_repository(NAME, endpoint=hub.url, sleep=slow.sleep, clock=slow.clock)
+    assert repository.names() == ["config.json", "model.safetensors"]
+    assert slow.waits == [0.5]
+    assert slow.now < Slow.LIMIT
+
+
+def test_what_comes_after_all_have_left_is_not_stored() -> None:
+    stored: list[bytes] = []
+    arrival = Arrival()
+    arrival.take(b"ab", stored.append)
+    arrival.leave()
+    with pytest.raises(PassingError):
+        arrival.take(b"c", stored.append)
+    assert (stored, arrival.count) == ([b"ab"], 2)
+
+
+def test_late_bytes_do_not_get_into_what_was_read_since(hub: Hub) -> None:
+    slow = Slow()
+    repository = open_repository(NAME, endpoint=hub.url, sleep=slow.sleep, clock=slow.clock)
+
+    def late(call: Call) -> None:
+        said = f"Content-Length: {len(DATA)}\r\n\r\n".encode()
+        slow.drip(call, OK + said, itertools.repeat(b""), last=bytes(100_000))
+
+    hub.faults = [late]
+    assert read(repository, 0, len(DATA)) == DATA
+    assert slow.waits == [0.5]
+
+
+def test_a_read_from_a_silent_server_can_be_stopped(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 600)
+    waiting = threading.Event()
+
+    def silent(call: Call) -> None:
+        call.serve(call.data[:100], length=call.stop - call.first)
+        waiting.set()
+        hub.over.wait(timeout=60)
+
+    hub.always = silent
+    repository = opened(hub)
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(read, repository, 0, 200)
+        assert waiting.wait(timeout=60)
+        repository.stop()
+        with pytest.raises(MlaToolsError, match="org/name: reading was stopped"):
+            under_way.result(timeout=30)
+
+
 def test_what_came_before_a_break_is_not_asked_for_again(hub: Hub) -> None:
     hub.faults = [Faults.short, Faults.short]
     assert read(opened(hub), 0, len(DATA)) == DATA
@@ -355,6 +470,12 @@ def total(call: Call) -> None:
     call.serve(total=len(call.data) + 1)
 
 
+def longer(call: Call) -> None:
+    """Answer with one byte more than was asked for, and say so."""
+    call.stop += 1
+    call.serve()
+
+
 def elsewhere(call: Call) -> None:
     call.serve(first=call.first + 1)
 
@@ -415,6 +536,11 @@ PERMANENT = [
     ),
     pytest.param(Faults.status(302, Location="?"), "redirects in a circle", id="redirect_in_a_circle"),
     pytest.param(total, "another size .*\n  needed  1,000,000 .*\n  found   1,000,001 bytes", id="size"),
+    pytest.param(
+        longer,
+        r"sends another range\n  needed  bytes 0-131079/1000000\n  found   bytes 0-131080/1000000",
+        id="longer",
+    ),
     pytest.param(elsewhere, r"sends another range\n  needed  bytes 0-131079/1000000\n", id="range"),
     pytest.param(no_range, r"sends another range\n  needed  bytes 0-131079/1000000\n", id="no_range"),
     pytest.param(too_much, "the server sends more than it says", id="too_much"),
@@ -434,6 +560,83 @@ def test_an_answer_that_no_other_try_changes_is_an_error_at_once(hub: Hub, fault
         read(repository, 0, 8)
     assert waits == []
     assert caught.value.exit_code == 1
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
+LOCATIONS = [
+    pytest.param(
+        "/" + "x" * 8192, r"redirects to '/x+'\.\.\. \(8,193 characters\), which is not safe", id="long"
+    ),
+    pytest.param(
+        "/" + "x" * 90_000, r"redirects to '/x+'\.\.\. \(90,001 characters\), which is not", id="longer"
+    ),
+    pytest.param("http://[::1", r"redirects to http://\[::1, which is not safe", id="bracket"),
+    pytest.param(
+        "http://127.0.0.1:port/", "redirects to http://127.0.0.1:port/, which is no address", id="port"
+    ),
+    pytest.param(
+        "/\x1b[31m", r"redirects to 'http://127.0.0.1:\d+/\\x1b\[31m', which is no address", id="control"
+    ),
+    pytest.param("//\xff..\xe9/", "redirects to http://\xff..\xe9/, which is no address", id="latin"),
+    pytest.param(f"http://{'n' * 70}.x/", "http://n+.x cannot be reached", id="host"),
+    pytest.param("ftp://127.0.0.1/", "redirects to ftp://127.0.0.1/, which is not safe", id="ftp"),
+]
+
+
+@pytest.mark.parametrize(("location", "text"), LOCATIONS)
+def test_a_redirect_to_no_address_is_a_sentence(hub: Hub, location: str, text: str) -> None:
+    redirect = Faults.status(307, Location=location)
+    waits: list[float] = []
+    repository = opened(hub, waits)
+    hub.always = hub.listing = redirect
+    for ask in (lambda: read(repository, 0, 8), lambda: opened(hub, waits)):
+        with pytest.raises(MlaToolsError, match=text) as caught:
+            ask()
+        assert str(caught.value).isprintable()
+    assert waits == []
+
+
+def test_a_location_that_the_http_library_cannot_read_is_a_sentence(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    class InvalidURL(Exception):  # noqa: N818 - the name in the library
+        pass
+
+    class Client:
+        def build_request(self, *args: object, **options: object) -> None: ...
+
+        def send(self, *args: object, **options: object) -> None:
+            try:
+                raise InvalidURL("Invalid port: ':\x1b'")
+            except InvalidURL as error:
+                raise HTTPError("Invalid URL in location header") from error
+
+    waits: list[float] = []
+    repository = opened(hub, waits)
+    monkeypatch.setattr("mla_tools.files.network.session", Client)
+    with pytest.raises(MlaToolsError, match=r"redirects to what is no address \(.*\\x1b.*\)\.") as caught:
+        read(repository, 0, 8)
+    assert str(caught.value).isprintable()
+    assert waits == []
+
+
+def test_a_head_without_an_end_is_a_sentence(hub: Hub) -> None:
+    hub.always = Faults.status(302, Location="/" + "x" * 200_000)
+    with pytest.raises(MlaToolsError, match=r"the connection fails .*given up after 9 tries") as caught:
+        read(opened(hub), 0, 8)
+    assert str(caught.value).isprintable()
+
+
+def test_headers_may_be_in_any_letters(hub: Hub) -> None:
+    strange = {"X-Error-Code": "\xff\xfe", "X-Repo-Commit": "\xe9\x1b"}
+    hub.always = lambda call: call.answer(404, headers=strange)
+    with pytest.raises(MlaToolsError, match=r"with another commit, '\\xe9\\x1b'\."):
+        read(opened(hub), 0, 8)
+    hub.always = Faults.status(206, Content_Range="\xff\x1b")
+    with pytest.raises(MlaToolsError, match=r"found   '\\xff\\x1b'"):
+        read(opened(hub), 0, 8)
 
 
 def test_a_small_file_may_come_whole(hub: Hub) -> None:
@@ -473,6 +676,52 @@ def test_an_address_is_kept_until_it_expires(hub: Hub) -> None:
         hub.asked.clear()
         assert read(repository, offset, 140_000) == DATA[offset : offset + 140_000]
         assert [asked.server for asked in hub.asked] == servers
+
+
+@pytest.mark.parametrize(
+    ("fault", "servers"),
+    [
+        pytest.param(Faults.status(503), ["cdn", "cdn"], id="busy"),
+        pytest.param(Faults.drop, ["cdn", "cdn"], id="dropped"),
+        pytest.param(Faults.status(403), ["cdn", "hub", "cdn"], id="expired"),
+    ],
+)
+def test_an_address_that_was_kept_may_fail_later(hub: Hub, fault: Any, servers: list[str]) -> None:
+    hub.cdn = True
+    waits: list[float] = []
+    repository = opened(hub, waits)
+    read(repository, 0, 8)
+    hub.asked.clear()
+    hub.faults = [fault]
+    assert read(repository, 500_000, 8) == DATA[500_000:500_008]
+    assert [asked.server for asked in hub.asked] == servers
+    assert waits == ([] if "hub" in servers else [0.5])
+
+
+def test_a_renamed_repository_is_found(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def renamed(call: Call) -> None:
+        if "/old" in call.handler.path:
+            call.answer(307, headers={"Location": f"/api/models/{NAME}?blobs=true"})
+        else:
+            call.answer(200, listing({"rfilename": "a.json", "size": 1}))
+
+    hub.listing = renamed
+    assert open_repository("org/old", endpoint=hub.url).names() == ["a.json"]
+    assert {(asked.server, asked.token) for asked in hub.asked} == {("hub", "Bearer hf_secret")}
+
+
+def test_a_listing_elsewhere_is_not_shown_the_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def moved(call: Call) -> None:
+        hub.listing = None
+        call.answer(302, headers={"Location": f"{hub.elsewhere}/api/models/{NAME}"})
+
+    hub.listing = moved
+    assert opened(hub).names() == ["config.json", "model.safetensors"]
+    assert [(asked.server, asked.token) for asked in hub.asked] == [("hub", "Bearer hf_secret"), ("cdn", "")]
 
 
 def test_a_refusal_elsewhere_names_the_host(hub: Hub) -> None:
@@ -519,7 +768,23 @@ LISTINGS = [
             "a.json: is listed in org/name without its size",
             id=f"size_{size}",
         )
-        for size in (None, -1, 1 << 62, "8", 8.0, True)
+        for size in (None, -1, 1 << 62, "8", 8.0, True, [], {})
+    ),
+    *(
+        pytest.param(lambda call, data=data: call.answer(200, data), text, id=name)
+        for name, data, text in (
+            ("sha_number", b'{"sha": 7, "siblings": []}', "found   commit 7$"),
+            ("sha_control", b'{"sha": "\\u001b", "siblings": []}', r"found   commit '\\x1b'"),
+            ("sha_short", b'{"sha": "c0ffee", "siblings": []}', "found   commit c0ffee"),
+            ("no_siblings", b'{"sha": "%s"}' % COMMIT.encode(), "found   files None"),
+            ("siblings_object", b'{"sha": "%s", "siblings": {}}' % COMMIT.encode(), "found   files {}"),
+            ("sibling_list", b'{"sha": "%s", "siblings": [[]]}' % COMMIT.encode(), r"found   files \[\[\]\]"),
+            ("key_twice", b'{"sha": "a", "sha": "b", "siblings": []}', "found   the key sha twice"),
+            ("deep", b'{"a":' * 100_000, "found   it is nested too deeply"),
+            ("digits", b'{"sha": %s}' % (b"9" * 5000), "found   it is not JSON"),
+            ("not_text", b"\xff{}", "found   it is not UTF-8 text"),
+            ("empty", b"", "found   it is not JSON"),
+        )
     ),
 ]
 
@@ -531,8 +796,110 @@ def listing(*siblings: dict[str, Any]) -> bytes:
 @pytest.mark.parametrize(("fault", "text"), LISTINGS)
 def test_a_repository_that_cannot_be_listed_is_told(hub: Hub, fault: Any, text: str) -> None:
     hub.listing = fault
-    with pytest.raises(MlaToolsError, match=text):
+    with pytest.raises(MlaToolsError, match=re.compile(text, re.MULTILINE)) as caught:
         opened(hub, revision="v9")
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
+def test_a_name_that_is_listed_twice_is_told(hub: Hub) -> None:
+    items = [{"rfilename": name, "size": 1} for name in ("a.json", "A.json", "b.json", "a.json")]
+    hub.listing = lambda call: call.answer(200, listing(*items))
+    with pytest.raises(CheckpointError, match=r"a.json: is listed in org/name twice") as caught:
+        opened(hub)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "item"),
+    [
+        pytest.param(10_001, {"size": 1}, id="files"),
+        pytest.param(9_000, {}, id="problems"),
+    ],
+)
+def test_a_listing_of_very_many_files_is_refused(hub: Hub, count: int, item: dict[str, Any]) -> None:
+    items = [{"rfilename": f"{k}.json", **item} for k in range(count)]
+    hub.listing = lambda call: call.answer(200, listing(*items))
+    with pytest.raises(CheckpointError) as caught:
+        opened(hub)
+    if item:
+        assert "org/name: has more than 10,000 files" in str(caught.value)
+    assert len(caught.value.problems) == (1 if item else 1000)
+
+
+SHA256 = "5" * 64
+TAGS = [
+    pytest.param({"lfs": {"sha256": SHA256}, "blobId": "b" * 40}, SHA256, id="lfs"),
+    pytest.param({"blobId": "b" * 40}, "b" * 40, id="blob"),
+    pytest.param({"blobId": "b" * 40, "lfs": None}, "b" * 40, id="no_lfs"),
+    pytest.param({}, "", id="none"),
+    *(
+        pytest.param({"lfs": {"sha256": tag}, "blobId": "b" * 40}, "", id=f"lfs_{name}")
+        for name, tag in (("short", "5" * 63), ("upper", "A" * 64), ("number", 5), ("line", SHA256 + "\n"))
+    ),
+    *(pytest.param({"blobId": tag}, "", id=f"blob_{tag}") for tag in ("b" * 39, "B" * 40, 7, None, [])),
+    *(
+        pytest.param({"lfs": lfs, "blobId": "b" * 40}, "", id=f"lfs_is_{lfs}")
+        for lfs in ([], "x", 7, {}, {"sha256": None})
+    ),
+]
+
+
+@pytest.mark.parametrize(("item", "tag"), TAGS)
+def test_a_tag_is_a_hash_or_nothing(hub: Hub, item: dict[str, Any], tag: str) -> None:
+    hub.listing = lambda call: call.answer(200, listing({"rfilename": "a.json", "size": 1, **item}))
+    assert opened(hub).tag("a.json") == tag
+
+
+def test_a_listing_is_not_decompressed(hub: Hub) -> None:
+    bomb = gzip.compress(bytes(10_000_000))
+    hub.listing = lambda call: call.answer(200, bomb, {"Content-Encoding": "gzip"})
+    with pytest.raises(
+        CheckpointError, match="org/name: the server sends it compressed, which was not asked"
+    ):
+        opened(hub)
+    assert {asked.encoding for asked in hub.asked} == {"identity"}
+
+
+def test_a_listing_without_an_end_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla_tools.files.hub._MAX_LISTING", 1 << 20)
+    sent = 0
+
+    def endless(call: Call) -> None:
+        nonlocal sent
+        call.handler.wfile.write(OK + b"\r\n")
+        call.handler.close_connection = True
+        for _ in range(1000):  # 64 MB: more than the sockets hold
+            sent += call.handler.wfile.write(b" " * (1 << 16))
+
+    hub.listing = endless
+    with pytest.raises(CheckpointError, match="found   more than 1,048,576 bytes"):
+        opened(hub)
+    assert sent < 64 << 20
+
+
+def test_a_listing_may_be_long(hub: Hub) -> None:
+    padding = b" " * (3 << 20)
+    hub.listing = lambda call: call.answer(200, padding + listing({"rfilename": "a.json", "size": 1}))
+    assert opened(hub).names() == ["a.json"]
+
+
+def test_a_revision_is_one_part_of_the_address(hub: Hub) -> None:
+    asked: list[str] = []
+
+    def note(call: Call) -> None:
+        asked.append(call.handler.path)
+        call.answer(200, listing())
+
+    hub.listing = note
+    for revision in (None, "refs/pr/1", "../../x?y#z", "\udcff"):
+        opened(hub, revision=revision)
+    base = "/api/models/org/name"
+    assert asked == [
+        f"{base}?blobs=true",
+        f"{base}/revision/refs%2Fpr%2F1?blobs=true",
+        f"{base}/revision/..%2F..%2Fx%3Fy%23z?blobs=true",
+        f"{base}/revision/%3F?blobs=true",
+    ]
 
 
 def test_a_listing_leads_to_no_other_place(hub: Hub) -> None:
@@ -547,12 +914,12 @@ def test_a_listing_leads_to_no_other_place(hub: Hub) -> None:
         "a\0.json",
         "a\n.json",
     ]
-    strange += ["n" * 256, "\ud800.json"]
+    strange += ["n" * 256, "名" * 84 + ".json", "\ud800.json"]
     entries: list[dict[str, Any]] = [
-        {"rfilename": name, "size": 1} for name in [*strange, "b c.json", "名.json"]
+        {"rfilename": name, "size": 1} for name in [*strange, "b c.json", "名" * 83 + ".json"]
     ]
     hub.listing = lambda call: call.answer(200, listing(*entries, {"rfilename": 7, "size": 1}))
-    assert opened(hub).names() == ["b c.json", "名.json"]
+    assert opened(hub).names() == ["b c.json", "名" * 83 + ".json"]
 
 
 def broken_folders() -> dict[str, Any]:

@@ -8,15 +8,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
+from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError, clipped
+from mla_tools.files.network import Arrival, Client, Clock, Sleep, passing, plain
 from mla_tools.files.place import Bytes, File, Folder, Kind, OpenFile, Part, Place, check_range, shown
-from mla_tools.files.ranges import PassingError, Ranges, Sleep, passing, persist, refusal
+from mla_tools.files.ranges import Ranges, refusal
+from mla_tools.files.safetensors import parse_object
+from mla_tools.files.settings import checked_endpoint, constants, hub_headers, session, told
 
 __all__ = ["Repository", "locate", "open_repository"]
 
@@ -28,7 +33,16 @@ _URL = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(.+))?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 # A listing comes from outside: what could be a path, is hidden or cannot be printed is no file of ours.
-_PLAIN = re.compile(r"[^./\\\x00-\x1f\x7f-\x9f\ud800-\udfff][^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,254}")
+_PLAIN = re.compile(r"[^./\\\x00-\x1f\x7f-\x9f\ud800-\udfff][^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]*")
+
+_MAX_NAME = 255  # bytes, as in a folder
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+_LISTING_TRIES = 4
+_LISTING_SECONDS = 300.0
+_MAX_LISTING = 16 << 20  # a file takes a quarter of a kilobyte of it, and JSON more memory than bytes
+_MAX_FILES = 10_000
+_MAX_PROBLEMS = 1000
 
 # What follows a range is mostly wanted next: the header after its length (71 kB each in DeepSeek-V3.2), the
 # scales after a weight. A request costs more than these bytes.
@@ -36,7 +50,6 @@ _AHEAD = 1 << 17
 _KEPT = 64
 
 _READERS = 16
-_LISTING_TRIES = 4
 
 
 def locate(source: str, revision: str | None = None, *, download: bool = False) -> Place:
@@ -44,7 +57,7 @@ def locate(source: str, revision: str | None = None, *, download: bool = False) 
 
     With `download`, and when the hub is offline, a repository is first brought into the hub's cache.
     Raises MlaToolsError if it is neither a folder nor a repository that can be had, UsageError for two
-    revisions.
+    revisions, and for a revision or a download of a folder.
     """
     if source.startswith(_SCHEME):
         match = _URL.fullmatch(source)
@@ -52,110 +65,155 @@ def locate(source: str, revision: str | None = None, *, download: bool = False) 
             raise MlaToolsError(f"{shown(source)}: a repository is written hf://org/name@revision")
         name, own = match.groups()
         if own and revision and own != revision:
-            raise UsageError(f"{source} names another revision than --revision {revision}.")
+            raise UsageError(f"{shown(source)} names another revision than --revision {shown(revision)}.")
         revision = own or revision
-        no_folder = f"{source}: "
+        no_folder = f"{shown(source)}: "
     else:
         try:
             path = Path(source).expanduser()
             if path.exists():
-                return Folder(path)
+                return _folder(path, revision, download)
         except (OSError, RuntimeError, ValueError) as error:
-            raise MlaToolsError(f"{source[:200]}: no such folder ({error})") from error
+            raise MlaToolsError(f"{shown(source)}: no such folder ({told(error)})") from error
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise MlaToolsError(f"{source}: no such folder, and not a repository name such as org/model")
+            raise MlaToolsError(
+                f"{shown(source)}: no such folder, and not a repository name such as org/model"
+            )
         name = source
-        no_folder = f"{source}: no such folder, and "
-    from huggingface_hub import constants
+        no_folder = f"{shown(source)}: no such folder, and "
+    offline = constants().HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError
 
     try:
-        if download or constants.HF_HUB_OFFLINE:
+        if download or offline:
             return Folder(_downloaded(name, revision))
         return open_repository(name, revision)
     except HFValidationError as error:
-        raise MlaToolsError(f"{no_folder}not a repository name: {error}") from error
+        raise MlaToolsError(f"{no_folder}not a repository name: {told(error)}") from error
     except CheckpointError:
         raise
     except MlaToolsError as error:
         raise MlaToolsError(f"{no_folder}{error}") from error
 
 
+def _folder(path: Path, revision: str | None, download: bool) -> Folder:
+    given = [word for word, is_given in (("--revision", revision), ("--download", download)) if is_given]
+    if given:
+        words = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'}"
+        raise UsageError(f"{shown(str(path))} is a folder here; {words} for repositories on the hub.")
+    return Folder(path)
+
+
 def _downloaded(name: str, revision: str | None) -> Path:
     """Return the folder of a repository in the hub's cache, complete as far as a conversion needs it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise MlaToolsError(f"the repository cannot be downloaded: {error}") from error
+    except HFValidationError:
+        raise
+    except Exception as error:  # what goes wrong in a library that reads settings, files and answers
+        checked_endpoint(constants().ENDPOINT)  # it may be one of the settings, which these name
+        hub_headers()
+        session()
+        raise MlaToolsError(f"the repository cannot be downloaded: {told(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """What the hub says about a file: its size, and the hash of its content."""
+    """What the hub says about a file: its size, and the hash of its content, or nothing."""
 
     size: int
     tag: str
 
 
 def open_repository(
-    name: str, revision: str | None = None, *, endpoint: str | None = None, sleep: Sleep | None = None
+    name: str,
+    revision: str | None = None,
+    *,
+    endpoint: str | None = None,
+    sleep: Sleep | None = None,
+    clock: Clock = time.monotonic,
 ) -> Repository:
     """Return a repository at the commit that a revision (default: the default branch) names now.
 
     `endpoint` is another hub than HF_ENDPOINT names. Raises MlaToolsError if the hub does not give it,
     CheckpointError for a listing that is none, and HFValidationError for a name that none can have.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-    api = HfApi(endpoint=endpoint, user_agent="mla-tools")
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-
-    def ask() -> Any:
-        try:
-            return api.model_info(name, revision=revision, files_metadata=True, timeout=timeout)
-        except HfHubHTTPError as error:
-            response = error.response
-            failure = passing(response.status_code, response.headers)
-            raise failure or refusal(response.status_code, response.headers, name, revision) from error
-        except HTTPError as error:
-            raise PassingError(
-                f"{endpoint} cannot be reached ({str(error) or type(error).__name__})"
-            ) from error
-        except HFValidationError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError([_no_listing(name, f"{type(error).__name__}: {error}")]) from error
-
-    info = persist(ask, name, sleep or time.sleep, _LISTING_TRIES)
-    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-        raise CheckpointError([_no_listing(name, f"commit {shown(str(info.sha))}")])
-    listed = _listed(name, info.siblings or [])
-    headers = build_hf_headers(user_agent="mla-tools")
-    return Repository(name, info.sha, listed, Ranges(name, info.sha, headers, sleep), endpoint)
+    endpoint = checked_endpoint(endpoint or constants().ENDPOINT)
+    validate_repo_id(name)
+    client = Client(name, hub_headers(), sleep, clock)
+    path = f"/revision/{quote(revision, safe='', errors='replace')}" if revision else ""
+    url = f"{endpoint}/api/models/{quote(name)}{path}?blobs=true"
+    data = client.persist(
+        lambda: client.watched(partial(_listing, client, name, revision, url)), name, _LISTING_TRIES
+    )
+    try:
+        info, twice = parse_object(data)
+    except ValueError as error:
+        raise CheckpointError([_no_listing(name, f"it {error}")]) from error
+    if twice:
+        raise CheckpointError([_no_listing(name, f"the key {shown(twice[0])} twice")])
+    commit, siblings = info.get("sha"), info.get("siblings")
+    if type(commit) is not str or not _COMMIT.fullmatch(commit):
+        found = shown(commit) if type(commit) is str else clipped(commit)
+        raise CheckpointError([_no_listing(name, f"commit {found}")])
+    if type(siblings) is not list or not all(type(sibling) is dict for sibling in siblings):
+        raise CheckpointError([_no_listing(name, f"files {clipped(siblings)}")])
+    return Repository(name, commit, _listed(name, siblings), Ranges(name, commit, client), endpoint)
 
 
-def _listed(repository: str, siblings: list[Any]) -> dict[str, _Listed]:
+def _listing(client: Client, name: str, revision: str | None, url: str, arrival: Arrival) -> bytes:
+    """Return the hub's answer about a repository, as it came."""
+    data = bytearray()
+    with client.follow(name, url, {}) as (_, response):
+        status, headers = response.status_code, response.headers
+        if status != 200:
+            raise passing(status, headers) or refusal(status, headers, name, revision)
+        plain(name, response)
+        arrival.begin(_LISTING_SECONDS)
+        for piece in response.iter_raw():
+            if len(data) + len(piece) > _MAX_LISTING:
+                raise CheckpointError([_no_listing(name, f"more than {_MAX_LISTING:,} bytes")])
+            arrival.take(piece, data.extend)
+    return bytes(data)
+
+
+def _listed(repository: str, siblings: list[dict[str, Any]]) -> dict[str, _Listed]:
     """Return the files at the top of a listing, those in a folder's sense: no paths, nothing hidden."""
-    listed = {}
+    listed: dict[str, _Listed] = {}
     problems = []
     for sibling in siblings:
-        name, size = sibling.rfilename, sibling.size
-        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+        name, size = sibling.get("rfilename"), sibling.get("size")
+        if type(name) is not str or not _PLAIN.fullmatch(name) or len(name.encode()) > _MAX_NAME:
             continue
-        if type(size) is not int or not 0 <= size < 1 << 62:
+        if name in listed:
+            problems.append(Problem(shown(name), f"is listed in {repository} twice"))
+        elif len(listed) == _MAX_FILES:
+            problems.append(Problem(repository, f"has more than {_MAX_FILES:,} files"))
+        elif type(size) is not int or not 0 <= size < 1 << 62:
             problems.append(Problem(shown(name), f"is listed in {repository} without its size"))
-            continue
-        content = getattr(sibling.lfs, "sha256", None) or sibling.blob_id
-        listed[name] = _Listed(size, content if isinstance(content, str) else "")
+        else:
+            listed[name] = _Listed(size, _tag(sibling))
+        if len(problems) == _MAX_PROBLEMS:
+            break
     if problems:
         raise CheckpointError(problems)
     return listed
+
+
+def _tag(sibling: dict[str, Any]) -> str:
+    """Return the hash of a file's content as git LFS or git names it, or nothing if none is listed."""
+    lfs = sibling.get("lfs")
+    if lfs is not None:  # the blob is a pointer then, whose hash says nothing of the content's bytes
+        tag, form = lfs.get("sha256") if type(lfs) is dict else None, _SHA256
+    else:
+        tag, form = sibling.get("blobId"), _COMMIT
+    return tag if type(tag) is str and form.fullmatch(tag) else ""
 
 
 def _no_listing(name: str, found: str) -> Problem:
