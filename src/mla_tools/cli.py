@@ -331,7 +331,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def _bytes(text: str) -> int:
     """Return a size such as 2GB, 512MB, 1.5G or 800000000 in bytes; units are decimal, as for files."""
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
         raise UsageError(f"--max-memory {shown(text)}: give a size such as 2GB or 500MB")
     return int(Decimal(found[1]) * _UNITS[found[2].upper()])
@@ -512,13 +512,13 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def _threads(text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= _MOST_THREADS:
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= _MOST_THREADS:
         raise argparse.ArgumentTypeError(f"{shown(text)}: give a number from 1 to {_MOST_THREADS}")
     return int(text)
 
 
 def _seed(text: str) -> int:
-    if not re.fullmatch(r"\d{1,18}", text):
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{shown(text)}: give a number from 0 up")
     return int(text)
 
