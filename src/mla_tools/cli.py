@@ -20,7 +20,7 @@ from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
-from mla_tools.files.place import shown
+from mla_tools.files.place import LocalFile, read_whole, shown
 from mla_tools.output import check_output, how_to_resume, is_unfinished
 from mla_tools.plan import (
     MAX_MEMORY,
@@ -65,6 +65,7 @@ exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage, 130 
 """
 
 _MOST_THREADS = 1024
+_MAX_RECIPE = 1 << 20
 
 _CONVERT = """\
 Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
@@ -303,8 +304,12 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        recipe = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        recipe = yaml.safe_load(read_whole(LocalFile(path), _MAX_RECIPE).decode())
+    except CheckpointError as error:
+        problem = error.problems[0]
+        why = " ".join(filter(None, (problem.what, problem.found)))
+        raise UsageError(f"--recipe {path}: cannot be read: it {why}") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"--recipe {path}: cannot be read: {error}") from error
     known = {"quantize", "embed_q", "overrides"}
     if not isinstance(recipe, dict) or not set(recipe) <= known:

@@ -57,6 +57,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LONGEST_NAME = 255
 
 _READ_AT_ONCE = 8 << 20
+_LOCAL_READERS = 2
 
 _SET = re.compile(r"(.*)-(\d{1,18})-of-(\d{1,18})\.safetensors", re.DOTALL)
 
@@ -525,8 +526,8 @@ def check_content(
 ) -> None:
     """Read the weight files whole, and raise unless each has the hash that the hub gives for it.
 
-    `share` is (rank, number of ranks), of which each reads its part. `progress` is called with the number of
-    bytes just read. Raises CheckpointError that names each file whose content is another one, and
+    `share` is (rank, number of ranks), of which each reads its part. `progress` is called, by any thread,
+    with the number of bytes just read. Raises CheckpointError that names each file whose content is another one, and
     MlaToolsError if the hub's hash of any file is not known.
     """
     unknown = [shard.name for shard in checkpoint.shards if not shard.tag]
@@ -536,9 +537,8 @@ def check_content(
             " a repository that is read in place, in the hub's cache, and in a folder of `hf download"
             " --local-dir`, whose .cache has it."
         )
-    rank, ranks = share
-    problems = []
-    for shard in checkpoint.shards[rank::ranks]:
+
+    def check(shard: Shard) -> Problem | None:
         digest = hashlib.sha256() if len(shard.tag) == 64 else hashlib.sha1(b"blob %d\0" % shard.size)
         opened = shard.file.open()
         try:
@@ -548,9 +548,21 @@ def check_content(
                 progress(nbytes)
         finally:
             opened.close()
-        if (found := digest.hexdigest()) != shard.tag:
-            problems.append(Problem(shown(shard.name), "is not the hub's file", shard.tag, found, AGAIN))
-    if problems:
+        found = digest.hexdigest()
+        if found == shard.tag:
+            return None
+        return Problem(shown(shard.name), "is not the hub's file", shard.tag, found, AGAIN)
+
+    rank, ranks = share
+    place = checkpoint.place
+    with ThreadPoolExecutor(_LOCAL_READERS if place.local else place.readers) as pool:
+        try:
+            found = list(pool.map(check, checkpoint.shards[rank::ranks]))
+        except BaseException:
+            place.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    if problems := [problem for problem in found if problem is not None]:
         raise CheckpointError(problems)
 
 
