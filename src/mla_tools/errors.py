@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "ChangedError",
     "CheckpointError",
+    "DamagedError",
     "MlaToolsError",
     "Problem",
     "UsageError",
@@ -41,15 +43,25 @@ def clipped(value: object) -> str:
 
 
 class MlaToolsError(Exception):
-    """Base of every error that mla-tools raises on purpose; `exit_code` is what the command returns."""
+    """Base of every error that mla-tools raises on purpose; `exit_code` is what the command returns.
+
+    `resumable`: an output that it leaves unfinished can be finished, once what was wrong is mended.
+    """
 
     exit_code = 1
+    resumable = True
 
 
 class UsageError(MlaToolsError):
     """The options contradict each other or name something that does not exist."""
 
     exit_code = 2
+
+
+class DamagedError(MlaToolsError):
+    """An unfinished output is not as it was left."""
+
+    resumable = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,12 @@ class CheckpointError(MlaToolsError):
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         return f"{head}\n\n" + "\n\n".join(blocks)
+
+
+class ChangedError(CheckpointError):
+    """A checkpoint is not what it was when its conversion was planned."""
+
+    resumable = False
 
 
 def fold_indices(values: Iterable[int]) -> str:

@@ -152,7 +152,8 @@ def execute(
             fault.add_note(how_to_resume(folder))
             raise fault from error
         except MlaToolsError as error:
-            error.add_note(how_to_resume(folder))
+            if error.resumable:
+                error.add_note(how_to_resume(folder))
             raise
     return True
 

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 
-from mla_tools.errors import CheckpointError, MlaToolsError, Problem, fold_names
+from mla_tools.errors import ChangedError, CheckpointError, MlaToolsError, Problem, fold_names
 from mla_tools.files.directory import partial_name
 from mla_tools.files.place import AGAIN, File, Folder, Place, read_whole, shown
 from mla_tools.files.safetensors import Header, parse_object, read_header
@@ -509,7 +509,7 @@ def _companions(
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError that names every file which is not what it was when the plan was made."""
+    """Raise ChangedError that names every file which is not what it was when the plan was made."""
     problems: list[Problem] = []
     files = [shard.file for shard in checkpoint.shards]
     for file in [*files, *(companion.file for companion in checkpoint.companions)]:
@@ -518,7 +518,7 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
         except CheckpointError as error:
             problems += error.problems
     if problems:
-        raise CheckpointError(problems)
+        raise ChangedError(problems)
 
 
 def check_content(
@@ -527,8 +527,8 @@ def check_content(
     """Read the weight files whole, and raise unless each has the hash that the hub gives for it.
 
     `share` is (rank, number of ranks), of which each reads its part. `progress` is called, by any thread,
-    with the number of bytes just read. Raises CheckpointError that names each file whose content is another one, and
-    MlaToolsError if the hub's hash of any file is not known.
+    with the number of bytes just read. Raises CheckpointError that names each file whose content is another
+    one, and MlaToolsError if the hub's hash of any file is not known.
     """
     unknown = [shard.name for shard in checkpoint.shards if not shard.tag]
     if unknown:

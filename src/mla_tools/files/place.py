@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_tools.errors import CheckpointError, Problem
+from mla_tools.errors import ChangedError, CheckpointError, Problem
 
 __all__ = [
     "AGAIN",
@@ -209,10 +209,10 @@ class _OpenLocalFile:
         os.close(self._fd)
 
 
-def _changed(file: LocalFile, needed: str, found: str) -> CheckpointError:
+def _changed(file: LocalFile, needed: str, found: str) -> ChangedError:
     what = "was changed or replaced after the conversion was planned"
     cause = "Nothing was completed. Leave the source as it is, and start again with --overwrite."
-    return CheckpointError([Problem(shown(file.name), what, needed, found, cause)])
+    return ChangedError([Problem(shown(file.name), what, needed, found, cause)])
 
 
 def _described(identity: Identity) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mla_tools.errors import MlaToolsError
+from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory, partial_name, sync
 from mla_tools.files.place import shown
 from mla_tools.files.safetensors import Layout
@@ -91,14 +91,14 @@ class Writer:
         try:
             self._fd = self._folder.open(self._partial, write=True)
         except FileNotFoundError as error:
-            raise MlaToolsError(f"{self.partial} is gone, so it cannot be resumed; {advice}") from error
+            raise DamagedError(f"{self.partial} is gone, so it cannot be resumed; {advice}") from error
         header = self._layout.header
         if os.fstat(self._fd).st_size != self._layout.size or os.pread(self._fd, len(header), 0) != header:
-            raise MlaToolsError(f"{self.partial} is not the file that was begun; {advice}")
+            raise DamagedError(f"{self.partial} is not the file that was begun; {advice}")
         for name, ranges in done.items():
             for start, end, checksum in ranges:
                 if self._checksum(self._layout.offsets[name] + start, end - start) != checksum:
-                    raise MlaToolsError(
+                    raise DamagedError(
                         f"{self.partial} is damaged: bytes {start:,} to {end:,} of {shown(name)} are not as"
                         f" they were written; {advice}"
                     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tools.distributed import Group, together
-from mla_tools.errors import MlaToolsError
+from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory, longest_name, partial_name
 from mla_tools.files.place import identity_of, shown
 from mla_tools.output.journal import (
@@ -410,7 +410,7 @@ def check_kept(folder: Directory, file: OutputFile) -> str:
         finally:
             os.close(fd)
     if not sound:
-        raise MlaToolsError(f"{folder.path / partial} is not as it was left; start again with --overwrite")
+        raise DamagedError(f"{folder.path / partial} is not as it was left; start again with --overwrite")
     if name == partial and file.name in folder:
         raise MlaToolsError(f"{folder.path / file.name} exists already; remove it or choose another place")
     return name

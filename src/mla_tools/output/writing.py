@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from mla_tools.distributed import Group, shares
-from mla_tools.errors import MlaToolsError
+from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory
 from mla_tools.files.writer import Range, Writer, sha256_of
 from mla_tools.output.folder import check_kept
@@ -146,7 +146,7 @@ class Output:
         finally:
             os.close(fd)
         if found != digest and not self._closing.is_set():
-            raise MlaToolsError(
+            raise DamagedError(
                 f"{self._folder.path / present} is damaged: its bytes are not as they were written; start"
                 " again with --overwrite"
             )
