@@ -16,7 +16,8 @@ import pytest
 
 from mla_tools import cli
 from mla_tools.cli import main
-from mla_tools.console import printable
+from mla_tools.console import error_json, printable
+from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
 from mla_tools.sample import write_sample
 
 COMMAND = [str(Path(sys.executable).parent / "mla-sanitize")]
@@ -220,6 +221,25 @@ def test_wrong_usage_is_json_too(argv: list[str], capsys: Capture) -> None:
     assert main([*argv, "--json"]) == 2
     out, err = capsys.readouterr()
     assert err.endswith(f"error: {json.loads(out)['error']}\n")
+
+
+# --- errors as JSON ----------------------------------------------------------------------------------
+
+
+def test_error_json_has_each_problem_on_its_own() -> None:
+    problems = [Problem(f"layers.{k}.w", "missing", "[2]", "nothing", "Look.") for k in range(3)]
+    value = error_json(CheckpointError(problems))
+    assert json.loads(json.dumps(value)) == value
+    assert value["error"] == str(CheckpointError(problems))
+    assert value["problems"] == [
+        {"subject": f"layers.{k}.w", "what": "missing", "needed": "[2]", "found": "nothing", "cause": "Look."}
+        for k in range(3)
+    ]
+
+
+@pytest.mark.parametrize("error", [MlaToolsError("no room"), UsageError("no room")])
+def test_error_json_of_other_errors(error: MlaToolsError) -> None:
+    assert error_json(error) == {"error": "no room", "problems": []}
 
 
 # --- arguments ---------------------------------------------------------------------------------------

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
+from mla_tools.errors import CheckpointError, Problem
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Options, Plan, make_plan, make_steps
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import (
-    error_json,
     human_bytes,
     plan_json,
     plan_text,
@@ -171,19 +170,3 @@ def test_a_survey_of_a_damaged_checkpoint_lists_the_problems(source: Path, tmp_p
     assert [problem["subject"] for problem in value["problems"]] == [p.subject for p in problems]
     assert json.loads(json.dumps(value)) == value
     assert str(CheckpointError(problems)) in survey_text(value, CheckpointError(problems))
-
-
-def test_error_json_has_each_problem_on_its_own() -> None:
-    problems = [Problem(f"layers.{k}.w", "missing", "[2]", "nothing", "Look.") for k in range(3)]
-    value = error_json(CheckpointError(problems))
-    assert json.loads(json.dumps(value)) == value
-    assert value["error"] == str(CheckpointError(problems))
-    assert value["problems"] == [
-        {"subject": f"layers.{k}.w", "what": "missing", "needed": "[2]", "found": "nothing", "cause": "Look."}
-        for k in range(3)
-    ]
-
-
-@pytest.mark.parametrize("error", [MlaToolsError("no room"), UsageError("no room")])
-def test_error_json_of_other_errors(error: MlaToolsError) -> None:
-    assert error_json(error) == {"error": "no room", "problems": []}
