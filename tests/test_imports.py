@@ -31,7 +31,7 @@ PICTURE: dict[str, set[str]] = {
     },
     "report": {"files", "plan", "rules"},
     "sanitize": {"architectures", "execute", "ops", "plan", "spec"},
-    "execute": {"codecs", "distributed", "files", "ops", "output", "plan", "spec"},
+    "execute": {"codecs", "distributed", "files", "ops", "output", "overflow", "plan", "spec"},
     "output": {"distributed", "files", "plan"},
     "plan": {
         "architectures",
@@ -44,6 +44,7 @@ PICTURE: dict[str, set[str]] = {
         "rules",
         "spec",
     },
+    "overflow": {"spec"},
     "precision": {"quantization", "spec"},
     "sample": {"architectures", "codecs", "files", "ops", "rules", "spec"},
     "architectures": {"ops", "quantization", "rules"},
