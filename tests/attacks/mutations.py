@@ -51,7 +51,7 @@ SEEDS = (
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 8, 63, 4096, 1 << 28, 1 << 31, 1 << 62, 10**12, 10**30),
-    *(1.5, nan, inf, "", "x", "128", "\ud800", "bfloat16", "mxfp4", "yarn", "a" * 5000),
+    *(1.5, 1e308, nan, inf, "", "x", "128", "\ud800", "bfloat16", "mxfp4", "yarn", "a" * 5000),
     *([], [0], [128, 128], [0, 0], [1 << 62, 1], [[]], ["x"], [None], {}, {"type": "yarn"}, {"": {}}),
     *({"bits": 4}, {"group_size": 0, "bits": 4}, {"quant_method": "fp8"}, {"config_groups": {"g": {}}}),
     *(json.loads("[" * 400 + "]" * 400), json.loads('{"a":' * 400 + "1" + "}" * 400)),
@@ -185,7 +185,7 @@ def check(draft: Draft, options: Options) -> str:
         text.encode()
         return text
     plan_text(plan).encode()
-    json.dumps(plan.config)
+    json.dumps(plan.config, allow_nan=False)
     sources = [source for step in plan.steps for source in step.sources]
     sources += [drop.source for drop in plan.drops]
     used = [name for source in sources for name in source.parts.values()]
