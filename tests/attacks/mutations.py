@@ -144,6 +144,7 @@ def seed(family: str, fmt: str) -> Draft:
             table = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
             table.pop("__metadata__", None)
             files[path.name] = {name: [item["dtype"], item["shape"]] for name, item in table.items()}
+        assert files
         config = json.loads((folder / "config.json").read_text())
         return Draft(config, files, {name: file for file, held in files.items() for name in held})
 

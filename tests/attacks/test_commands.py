@@ -403,7 +403,9 @@ def test_tensors_at_odd_offsets_are_converted_alike(
 ) -> None:
     folder = tmp_path / "odd"
     shutil.copytree(sample, folder)
-    for path in folder.glob("*.safetensors"):
+    paths = [*folder.glob("*.safetensors")]
+    assert paths
+    for path in paths:
         raw = path.read_bytes()
         start = 8 + int.from_bytes(raw[:8], "little")
         odd = raw[8:start].rstrip() + b" " * (len(raw[8:start].rstrip()) % 2 == 0)
