@@ -24,6 +24,7 @@ __all__ = ["LISTINGS", "Listing", "checkpoint", "expand", "load"]
 FOLDER = Path(__file__).parent / "headers"
 
 LISTINGS = sorted(path.stem for path in FOLDER.glob("*.json"))
+assert LISTINGS, "without them, the tests of each of them would test nothing"
 
 # How many bytes a made-up shard holds, and where the data of each begins.
 _SHARD = 5_000_000_000

@@ -988,6 +988,7 @@ def truth(folder: Path | str, cast: str | None = None) -> Logits:
     stored: Tensors = {}
     for file in sorted(folder.glob("model*.safetensors")):
         stored |= load_file(file)
+    assert stored, f"{folder} holds no weights"
     return hub_logits(decoded(stored), config, cast)
 
 

@@ -185,6 +185,7 @@ def change(folder: Path, rename: Any = None, keys: Mapping[str, Any] | None = No
     for file in folder.glob("model*.safetensors"):
         weights |= mx.load(str(file))  # type: ignore[arg-type]
         file.unlink()
+    assert weights
     (folder / "model.safetensors.index.json").unlink()
     renamed = {rename(name) if rename else name: array for name, array in weights.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), renamed)
@@ -237,6 +238,7 @@ def test_experts_may_be_stored_one_by_one(tmp_path: Path) -> None:
     for file in folder.glob("model*.safetensors"):
         weights |= mx.load(str(file))  # type: ignore[arg-type]
         file.unlink()
+    assert weights
     (folder / "model.safetensors.index.json").unlink()
     for name in [name for name in weights if ".experts." in name]:
         array, (block, _, part) = weights.pop(name), name.rpartition(".")

@@ -62,6 +62,7 @@ def output(folder: Path) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for file in folder.glob("model*.safetensors"):
         arrays |= mx.load(str(file))
+    assert arrays, f"{folder} holds no weights"
     return arrays
 
 

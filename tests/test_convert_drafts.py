@@ -61,6 +61,7 @@ def loaded(folder: Path) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for file in folder.glob("model*.safetensors"):
         arrays |= mx.load(str(file))
+    assert arrays, f"{folder} holds no weights"
     return arrays
 
 

@@ -43,6 +43,7 @@ def load(folder: Path) -> Weights:
     weights: Weights = {}
     for file in sorted(folder.glob("model*.safetensors")):
         weights |= mx.load(str(file))
+    assert weights, f"{folder} holds no weights"
     return weights
 
 

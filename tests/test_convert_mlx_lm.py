@@ -76,7 +76,9 @@ def sample(family: str) -> Path:
 
 def remove_mtp_layer(folder: Path) -> None:
     """Remove layer 4 of 4: mlx-lm's class drops the MTP layer of V3 only where its number is 61."""
-    for file in folder.glob("model*.safetensors"):
+    files = [*folder.glob("model*.safetensors")]
+    assert files
+    for file in files:
         kept = {k: v for k, v in mx.load(str(file)).items() if not k.startswith("model.layers.4.")}
         mx.save_safetensors(str(file), kept)
     (folder / "model.safetensors.index.json").unlink()
@@ -107,6 +109,7 @@ def load(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         weights |= mx.load(str(file))
+    assert weights, f"{folder} holds no weights"
     return weights
 
 

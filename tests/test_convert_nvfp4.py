@@ -79,6 +79,7 @@ def loaded(folder: Path) -> Arrays:
     arrays: Arrays = {}
     for file in folder.glob("model*.safetensors"):
         arrays |= mx.load(str(file))
+    assert arrays, f"{folder} holds no weights"
     return arrays
 
 
@@ -172,8 +173,48 @@ def test_slabs_that_end_within_an_expert_write_its_scale_once(
     source = sample("deepseek_v3", "modelopt-nvfp4")
     made = convert(source, tmp_path / "whole")
     execute(made, tmp_path / "cut", workload=Workload(2, rows * 256, 10**9))
-    for file in (tmp_path / "whole").glob("*.safetensors"):
+    files = [*(tmp_path / "whole").glob("*.safetensors")]
+    assert files
+    for file in files:
         assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
+
+
+# Experts have 128 rows of 256 numbers or 256 rows of 128. Slabs of these multiples of that begin and end
+# within experts: in rows of 128 numbers they are 640 rows, which are two experts and a half, or 384, or 100.
+EXPERT = 128 * 256
+
+
+@pytest.mark.parametrize("experts", [2.5, 1.5, 100 / 256, 8, 0.01])
+@pytest.mark.parametrize(
+    "flags", [[], ["-d", "--dtype", "float32"], ["-q", "--q-mode", "nvfp4"]], ids="".join
+)
+def test_slabs_of_a_stack_with_global_scales_may_lie_across_experts(
+    experts: float, flags: list[str], sample: Sample, tmp_path: Path
+) -> None:
+    source = tmp_path / "stacked"
+    convert(sample("deepseek_v3", "modelopt-nvfp4"), source)
+    made = convert(source, tmp_path / "whole", *flags)
+    execute(made, tmp_path / "one", workload=Workload(1, EXPERT, 10**9))
+    if experts == 2.5:
+        assert straddling(made, int(experts * EXPERT)) == {(0, 2), (2, 4), (5, 7), (7, 7)}
+    execute(made, tmp_path / "cut", workload=Workload(1, int(experts * EXPERT), 10**9))
+    one = {file.name: file.read_bytes() for file in (tmp_path / "one").glob("*.safetensors")}
+    assert one
+    for name, data in one.items():
+        assert (tmp_path / "cut" / name).read_bytes() == data
+        assert (tmp_path / "whole" / name).read_bytes() == data
+    if not flags:
+        # Most experts have a scale of their own, so one in another's place is seen.
+        scales = [array for name, array in loaded(tmp_path / "cut").items() if name.endswith("global_scale")]
+        assert scales
+        assert all(len(set(array.tolist())) > 4 for array in scales)
+
+
+def straddling(made: plan.Plan, elements: int) -> set[tuple[int, int]]:
+    """Return the first and the last expert of each slab of the stacks with the longer experts."""
+    steps = [step for step in made.steps if step.sources[0].name.endswith("switch_mlp.down_proj.weight")]
+    slabs = [slab for step in steps for slab in step.op.slabs([s.spec for s in step.sources], elements)]
+    return {(block.start // 256, (block.stop - 1) // 256) for slab in slabs for block in slab.reads}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -26,11 +26,16 @@ MODULES = {
     "mistral3": ("vision_tower", "multi_modal_projector"),
 }
 
+
+def normal(*shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(0))
+
+
 # Any values will do, and each dtype and number of axes must.
 VISION: dict[str, mx.array] = {
-    "patch_embed.proj.weight": mx.random.normal((8, 3, 2, 2)).astype(mx.bfloat16),
-    "encoder.blocks.0.wqkv.weight": mx.random.normal((24, 8)).astype(mx.float32),
-    "encoder.blocks.0.wqkv.bias": mx.random.normal((24,)).astype(mx.float16),
+    "patch_embed.proj.weight": normal(8, 3, 2, 2).astype(mx.bfloat16),
+    "encoder.blocks.0.wqkv.weight": normal(24, 8).astype(mx.float32),
+    "encoder.blocks.0.wqkv.bias": normal(24).astype(mx.float16),
     "position_ids": mx.arange(6, dtype=mx.int64).reshape(1, 6),
     "scale": mx.array(0.5, dtype=mx.float32),
 }
@@ -43,6 +48,7 @@ def written(folder: Path) -> dict[str, mx.array]:
         loaded = mx.load(str(path))
         assert isinstance(loaded, dict)
         found |= loaded
+    assert found, f"{folder} holds no weights"
     return found
 
 
@@ -117,7 +123,7 @@ def test_one_tensor_for_images_in_two_spellings_is_refused(
 @pytest.mark.parametrize("own", [True, False], ids=["own-entry", "default-entry"])
 def test_quantized_images_keep_their_entry(flags: list[str], own: bool, tmp_path: Path) -> None:
     name = "vision_tower.encoder.blocks.0.wqkv"
-    packed, scales, biases = mx.quantize(mx.random.normal((24, 128)), group_size=32 if own else 64)
+    packed, scales, biases = mx.quantize(normal(24, 128), group_size=32 if own else 64)
     images = {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
     entry = {"group_size": 32 if own else 64, "bits": 4, "mode": "affine"}
     section: dict[str, Any] = {"group_size": 64, "bits": 4} | ({name: entry} if own else {})

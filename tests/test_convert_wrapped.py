@@ -56,7 +56,9 @@ def wrap(family: str, source: Path, folder: Path) -> Path:
         "text_config": numbers,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    for file in sorted(source.glob("model*.safetensors")):
+    files = sorted(source.glob("model*.safetensors"))
+    assert files
+    for file in files:
         held = {f"language_model.{name}": tensor for name, tensor in load_file(file).items()}
         save_file(held, folder / file.name, metadata={"format": "pt"})
     ones = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in images(family).items()}

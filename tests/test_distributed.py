@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 
 from mla_tools.distributed import Alone, launched, shares
 from mla_tools.sample import write_sample
@@ -52,6 +53,7 @@ def run(script: Path, source: Path, out: Path, *flags: str, ranks: int = 1, dies
     command = [sys.executable, str(script), "convert", str(source), "--mlx-path", str(out), *flags]
     if ranks > 1:
         launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", str(ranks), "--backend", "ring"]
+        launch += ["--starting-port", str(free_ports(ranks))]
         command = [*launch, "--env", f"DIES_AFTER={dies_after}", "--", *command]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout + done.stderr

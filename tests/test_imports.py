@@ -35,7 +35,7 @@ PICTURE: dict[str, set[str]] = {
     "console": set(),
     "isolation": set(),
     "weights": {"architectures", "execute", "ops", "plan", "spec"},
-    "execute": {"codecs", "distributed", "files", "ops", "output", "plan", "spec"},
+    "execute": {"codecs", "distributed", "files", "ops", "output", "overflow", "plan", "spec"},
     "output": {"distributed", "files", "plan"},
     "plan": {
         "architectures",
@@ -48,6 +48,7 @@ PICTURE: dict[str, set[str]] = {
         "rules",
         "spec",
     },
+    "overflow": {"spec"},
     "precision": {"quantization", "spec"},
     "sample": {"architectures", "codecs", "files", "ops", "rules", "spec"},
     "architectures": {"ops", "quantization", "rules"},

@@ -41,6 +41,10 @@ def _on_the_cpu() -> Iterator[None]:
         yield
 
 
+def normal(shape: tuple[int, ...]) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(7))
+
+
 def word(dtype: mx.Dtype) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if dtype.size == 2 else np.uint32
 
@@ -207,7 +211,7 @@ def test_nothing_but_zeros(mode: str, dtype: mx.Dtype) -> None:
 @MODES
 @pytest.mark.parametrize("shape", [(1, 32), (3, 64), (2, 3, 96), (2, 1, 3, 160)], ids=str)
 def test_shapes(mode: str, shape: tuple[int, ...]) -> None:
-    check(mx.random.normal(shape).astype(mx.bfloat16), mode)
+    check(normal(shape).astype(mx.bfloat16), mode)
 
 
 @MODES
@@ -215,17 +219,17 @@ def test_shapes(mode: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("groups", [1, 3, 7])
 def test_blocks_do_not_show(mode: str, dtype: mx.Dtype, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK", groups * GROUP[mode])
-    check(mx.random.normal((5, 11, 96)).astype(dtype), mode)
+    check(normal((5, 11, 96)).astype(dtype), mode)
 
 
 @MODES
 def test_an_array_of_more_than_one_block(mode: str) -> None:
-    check(mx.random.normal((9, kernels.BLOCK // 8 + 32)).astype(mx.bfloat16), mode)
+    check(normal((9, kernels.BLOCK // 8 + 32)).astype(mx.bfloat16), mode)
 
 
 @MODES
 def test_views_are_read_as_they_stand(mode: str) -> None:
-    array = mx.random.normal((64, 3, 96)).astype(mx.bfloat16)
+    array = normal((64, 3, 96)).astype(mx.bfloat16)
     check(array.T, mode)
     check(array[::2, 1, 32:], mode)
     check(mx.broadcast_to(array[:1], (4, 3, 96)), mode)
@@ -234,7 +238,7 @@ def test_views_are_read_as_they_stand(mode: str) -> None:
 @MODES
 def test_one_axis_and_one_group(mode: str) -> None:
     # Neither of which mx.quantize takes in nvfp4.
-    array = mx.random.normal((GROUP[mode],)).astype(mx.bfloat16)
+    array = normal((GROUP[mode],)).astype(mx.bfloat16)
     parts = ENCODERS[mode](array)
     weight, scales = mx.quantize(mx.stack([array, array]), mode=mode)
     assert mx.array_equal(parts["weight"], weight[0])
@@ -262,7 +266,7 @@ def test_refusals(mode: str) -> None:
 
 @MODES
 def test_the_result_is_lazy(mode: str) -> None:
-    array = mx.random.normal((1024, 1024)).astype(mx.bfloat16)
+    array = normal((1024, 1024)).astype(mx.bfloat16)
     mx.eval(array)
     before = mx.get_active_memory()
     parts = ENCODERS[mode](array)
@@ -273,7 +277,7 @@ def test_the_result_is_lazy(mode: str) -> None:
 
 @MODES
 def test_threads_with_streams_of_their_own(mode: str) -> None:
-    array = mx.random.normal((256, 512)).astype(mx.bfloat16)
+    array = normal((256, 512)).astype(mx.bfloat16)
     expected, _ = mx.quantize(array, mode=mode)
     mx.eval(array, expected)
 
@@ -369,7 +373,7 @@ def test_affine_of_groups_whose_elements_are_all_alike(value: float, dtype: mx.D
 @FLOATS
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_what_is_not_finite_is_left_to_mlx(value: str, dtype: mx.Dtype) -> None:
-    array = mx.random.normal((64, 64)).astype(dtype)
+    array = normal((64, 64)).astype(dtype)
     array[5, 7] = float(value)
     check_affine(array)
 
@@ -378,22 +382,22 @@ def test_what_is_not_finite_is_left_to_mlx(value: str, dtype: mx.Dtype) -> None:
     "shape", [(1, 32), (3, 64), (2, 3, 96), (2, 1, 3, 160), (0, 64), (2, 0, 32)], ids=str
 )
 def test_affine_shapes(shape: tuple[int, ...]) -> None:
-    check_affine(mx.random.normal(shape).astype(mx.bfloat16))
+    check_affine(normal(shape).astype(mx.bfloat16))
 
 
 @pytest.mark.parametrize("groups", [1, 3, 7])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_affine_blocks_do_not_show(bits: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "AFFINE_BLOCK", groups * 32)
-    check_affine(mx.random.normal((5, 11, 96)).astype(mx.bfloat16), bits)
+    check_affine(normal((5, 11, 96)).astype(mx.bfloat16), bits)
 
 
 def test_affine_of_more_than_one_block() -> None:
-    check_affine(mx.random.normal((9, kernels.AFFINE_BLOCK // 8 + 32)).astype(mx.bfloat16))
+    check_affine(normal((9, kernels.AFFINE_BLOCK // 8 + 32)).astype(mx.bfloat16))
 
 
 def test_affine_of_views() -> None:
-    array = mx.random.normal((64, 3, 96)).astype(mx.bfloat16)
+    array = normal((64, 3, 96)).astype(mx.bfloat16)
     for view in (array.T, array[::2, 1, 32:], mx.broadcast_to(array[:1], (4, 3, 96))):
         check_affine(view)
 
@@ -409,7 +413,7 @@ def test_affine_refusals() -> None:
 
 
 def test_affine_in_threads_with_streams_of_their_own() -> None:
-    array = mx.random.normal((256, 512)).astype(mx.bfloat16)
+    array = normal((256, 512)).astype(mx.bfloat16)
     expected, *_ = mx.quantize(array, 64, 4)
     mx.eval(array, expected)
 
@@ -470,7 +474,7 @@ def test_a_gpu_decodes_e4m3_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_quantizes(
     spec: QuantSpec, device: mx.DeviceType, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    array = mx.random.normal((2, 64)).astype(mx.bfloat16)
+    array = normal((2, 64)).astype(mx.bfloat16)
     expected = mx.quantize(array, spec.group_size, spec.bits, mode=spec.mode)
     calls: list[str] = []
 

@@ -49,6 +49,7 @@ def dense(family: str) -> tuple[dict[str, Any], dict[str, mx.array]]:
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         tensors |= {name: array.astype(mx.float32) for name, array in mx.load(str(file)).items()}
+    assert tensors
     config = json.loads((folder / "config.json").read_text())
     if family not in WRAPPED:
         return config, tensors
@@ -65,6 +66,7 @@ def cell(family: str, fmt: str) -> tuple[Path, dict[str, torch.Tensor]]:
     stored: dict[str, mx.array] = {}
     for file in folder.glob("model*.safetensors"):
         stored |= mx.load(str(file))
+    assert stored
     found = open_checkpoint(folder)
     specs = {name: place.spec for name, place in found.tensors.items()}
     made = make_steps(specs, found.config, Options())

@@ -76,6 +76,7 @@ def stored_names(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "np") as file:
             names += file.keys()
+    assert names, f"{folder} holds no weights"
     return names
 
 

@@ -45,6 +45,7 @@ def headers(folder: Path) -> dict[str, dict[str, tuple[str, list[int]]]]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         header.pop("__metadata__")
         found[file.name] = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+    assert found, f"{folder} holds no files"
     return found
 
 
@@ -56,7 +57,9 @@ def merged(folder: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    found = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert found, f"{folder} holds no weights"
+    return found
 
 
 # --------------------------------------------------------------------------------------------------

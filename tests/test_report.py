@@ -163,7 +163,9 @@ def test_a_survey_of_a_damaged_checkpoint_lists_the_problems(source: Path, tmp_p
     config = json.loads((source / "config.json").read_text())
     config["n_routed_experts"] = 9
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for path in source.glob("model*"):
+    paths = [*source.glob("model*")]
+    assert paths
+    for path in paths:
         (tmp_path / path.name).symlink_to(path)
     value, problems = survey(tmp_path)
     assert problems

@@ -65,6 +65,7 @@ def sample(folders: Callable[[str, str], Path]) -> Sample:
         weights: Weights = {}
         for file in folder.glob("*.safetensors"):
             weights |= mx.load(str(file))
+        assert weights
         config = json.loads((folder / "config.json").read_text())
         config = {**(MODEL_TYPES[family].defaults or {}), **config}
         config["model_type"] = MODEL_TYPES[family].model_type

@@ -14,6 +14,7 @@ from mla_tools.sample import write_sample
 
 def load(folder: Path) -> dict[str, mx.array]:
     files = sorted(folder.glob("model*.safetensors"))
+    assert files, f"{folder} holds no weights"
     return {name: array for file in files for name, array in mx.load(str(file)).items()}
 
 

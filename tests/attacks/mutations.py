@@ -51,7 +51,7 @@ SEEDS = (
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 8, 63, 4096, 1 << 28, 1 << 31, 1 << 62, 10**12, 10**30),
-    *(1.5, nan, inf, "", "x", "128", "\ud800", "bfloat16", "mxfp4", "yarn", "a" * 5000),
+    *(1.5, 1e308, nan, inf, "", "x", "128", "\ud800", "bfloat16", "mxfp4", "yarn", "a" * 5000),
     *([], [0], [128, 128], [0, 0], [1 << 62, 1], [[]], ["x"], [None], {}, {"type": "yarn"}, {"": {}}),
     *({"bits": 4}, {"group_size": 0, "bits": 4}, {"quant_method": "fp8"}, {"config_groups": {"g": {}}}),
     *(json.loads("[" * 400 + "]" * 400), json.loads('{"a":' * 400 + "1" + "}" * 400)),
@@ -149,6 +149,7 @@ def seed(family: str, fmt: str) -> Draft:
             table = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
             table.pop("__metadata__", None)
             files[path.name] = {name: [item["dtype"], item["shape"]] for name, item in table.items()}
+        assert files
         config = json.loads((folder / "config.json").read_text())
         return Draft(config, files, {name: file for file, held in files.items() for name in held})
 
@@ -190,7 +191,7 @@ def check(draft: Draft, options: Options) -> str:
         text.encode()
         return text
     plan_text(plan).encode()
-    json.dumps(plan.config)
+    json.dumps(plan.config, allow_nan=False)
     sources = [source for step in plan.steps for source in step.sources]
     sources += [drop.source for drop in plan.drops]
     used = [name for source in sources for name in source.parts.values()]

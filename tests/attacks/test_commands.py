@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ CONFIG = dict(MODEL_TYPES["deepseek_v3"].sample)
 NGRAM = {**MODEL_TYPES["longcat_flash_ngram"].sample, "model_type": "longcat_flash_ngram"}
 ONE = "model.safetensors"
 AGAIN = "  Download the file again; an interrupted download leaves files like this."
+NO_NUMBER = "  Other readers of JSON refuse the file or read something else: correct the number."
 STORED = f"  It is stored in {ONE}."
 KNOWN = f"  needed  one of {', '.join(MODEL_TYPES)}"
 PLAIN = (
@@ -230,6 +232,34 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         "config.json: has the key model_type twice\n"
         "  Readers disagree on which of the two counts: remove one.",
     ),
+    **{
+        f"config with {number.decode()}": (
+            config(b'{"model_type": "deepseek_v3", "rope_theta": [%b]}' % number),
+            f"config.json: is not JSON: it holds {number.decode()}, and JSON has no such number\n{NO_NUMBER}",
+        )
+        for number in (b"NaN", b"Infinity", b"-Infinity")
+    },
+    **{
+        f"config with {number.decode()}": (
+            config(b'{"model_type": "deepseek_v3", "rope_theta": %b}' % number),
+            f"config.json: holds the number {number.decode()}, which is read as infinity\n{NO_NUMBER}",
+        )
+        for number in (b"1e999", b"-1.5E+309")
+    },
+    "index with NaN": (
+        lambda folder: void((shard(folder, ONE, "a"), index(folder, {"a": ONE}, total_size=math.nan))),
+        "model.safetensors.index.json: is not JSON: it holds NaN, and JSON has no such number\n" + NO_NUMBER,
+    ),
+    "header with Infinity": (
+        file(table({"a": entry("U8", [math.inf], [0, 4])}, FOUR)),
+        f"{ONE}: is not a safetensors file: its header is not JSON: it holds Infinity, and JSON has no such"
+        f" number\n{AGAIN}",
+    ),
+    "header with 1e999": (
+        file(packed(b'{"a":{"dtype":"U8","shape":[1e999],"data_offsets":[0,0]}}')),
+        f"{ONE}: is not a safetensors file: its header holds the number 1e999, which is read as infinity\n"
+        f"{AGAIN}",
+    ),
     "config with a name of 1 MB": (
         config({"model_type": "x" * (1 << 20), "architectures": "\x1b[2J\ud800"}),
         f"config.json: this architecture is not known\n{KNOWN}\n"
@@ -373,7 +403,9 @@ def test_tensors_at_odd_offsets_are_converted_alike(
 ) -> None:
     folder = tmp_path / "odd"
     shutil.copytree(sample, folder)
-    for path in folder.glob("*.safetensors"):
+    paths = [*folder.glob("*.safetensors")]
+    assert paths
+    for path in paths:
         raw = path.read_bytes()
         start = 8 + int.from_bytes(raw[:8], "little")
         odd = raw[8:start].rstrip() + b" " * (len(raw[8:start].rstrip()) % 2 == 0)

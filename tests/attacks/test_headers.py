@@ -75,7 +75,11 @@ CASES = {
     "shape with a float": (table({"a": entry("U8", [4.0], [0, 4])}, FOUR), ["the shape is not one", "4.0"]),
     "shape with NaN": (
         packed(b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,0]}}'),
-        ["shape is not one"],
+        ["its header is not JSON: it holds NaN, and JSON has no such number"],
+    ),
+    "shape of 1e999": (
+        packed(b'{"a":{"dtype":"U8","shape":[1e999],"data_offsets":[0,0]}}'),
+        ["its header holds the number 1e999, which is read as infinity"],
     ),
     "shape negative": (table({"a": entry("U8", [-2, -2], [0, 4])}, FOUR), ["the shape is not one", "-2"]),
     "shape of many axes": (table({"a": entry("U8", [1] * 65, [0, 1])}, b"\0"), ["at most 64 axes"]),

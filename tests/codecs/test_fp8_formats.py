@@ -540,6 +540,7 @@ def entries(folder: Path) -> dict[str, tuple[str, list[int]]]:
             for name in opened.keys():  # noqa: SIM118
                 piece = opened.get_slice(name)
                 found[name] = (piece.get_dtype(), piece.get_shape())
+    assert found, f"{folder} holds no weights"
     return found
 
 
@@ -559,6 +560,7 @@ def raw(folder: Path) -> dict[str, NDArray[Any]]:
                 first, last = (8 + size + offset for offset in entry["data_offsets"])
                 flat = np.frombuffer(data[first:last], dtypes[entry["dtype"]])
                 found[name] = flat.reshape(entry["shape"])
+    assert found, f"{folder} holds no weights"
     return found
 
 
@@ -601,6 +603,7 @@ def written(folder: Path) -> dict[str, Floats]:
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         tensors |= mx.load(str(file))
+    assert tensors, f"{folder} holds no weights"
     found = {}
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")

@@ -20,7 +20,7 @@ ONE, TWO, THREE = (f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a config, three shards of two layers each, and the index of them."""
-    folder = folder_with_config(tmp_path / "model", '{"num_hidden_layers": 6, "x": NaN}')
+    folder = folder_with_config(tmp_path / "model", '{"num_hidden_layers": 6, "x": 1.5}')
     places = {}
     for number, file in enumerate((ONE, TWO, THREE)):
         names = [f"model.layers.{2 * number + k}.weight" for k in (0, 1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.utils import load_model, save_model
 from mlx_vlm.models.deepseek_v4.config import ModelConfig
 from mlx_vlm.models.deepseek_v4.deepseek_v4 import Model as VlmModel
+from ports import free_ports
 from reference_v4 import CONFIG, CONFIGS, Torch, reference, relative, renamed, tokens
 
 from mla_tools.models.deepseek_v4 import Model, ModelArgs
@@ -107,6 +107,8 @@ WIDE = {
     "two-streams": {"hc_mult": 2, "hc_sinkhorn_iters": 3},
     "long-groups-first": {"compress_ratios": [128, 128, 4, 128, 4, 128, 0], "num_hash_layers": 0},
     "one-output-group": {"o_groups": 1, "qk_rope_head_dim": 16},
+    # So large that one which is left out, or taken for the other, is seen; they are usually 1e-6.
+    "large-eps": {"rms_norm_eps": 1e-2, "hc_eps": 3e-2},
 }
 
 
@@ -424,11 +426,8 @@ def test_two_ranks_compute_what_one_does(
     write_folder(folder, model, source.config)
     np.save(folder / "ids.npy", np.array(tokens(LENGTH)))
     (tmp_path / "rank.py").write_text(RANK)
-    hosts = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            hosts.append([f"127.0.0.1:{free.getsockname()[1]}"])
+    first = free_ports(2)
+    hosts = [[f"127.0.0.1:{first + rank}"] for rank in range(2)]
     (tmp_path / "hosts.json").write_text(json.dumps(hosts))
     command = [sys.executable, str(tmp_path / "rank.py"), str(folder)]
     ring = {**os.environ, "MLX_HOSTFILE": str(tmp_path / "hosts.json")}

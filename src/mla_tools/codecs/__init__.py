@@ -139,11 +139,12 @@ def repacking(source: Codec, target: Codec) -> Repack | None:
         return None
 
     def repack(parts: Parts, start: int, stop: int) -> Parts:
-        parts = source.keep(parts, start, stop)
-        if shares and kept.shared is None:
-            parts = {**parts, **mlx_quantized.neutral(stop - start)}
         # Block-float scales are bytes, whatever dtype they are decoded to.
         same = kept.dtype == target.dtype or not kept.spec.has_biases
+        # What is made of scales may be too large for their dtype and not for the target's.
+        parts = source.keep(parts if same else mlx_quantized.recast(parts, DType.F32), start, stop)
+        if shares and kept.shared is None:
+            parts = {**parts, **mlx_quantized.neutral(stop - start)}
         return parts if same else mlx_quantized.recast(parts, target.dtype)
 
     return repack

@@ -124,11 +124,14 @@ class MlxQuantized(Codec):
 
 
 def recast(parts: Mapping[str, mx.array], dtype: DType) -> dict[str, mx.array]:
-    """Return the parts of an affine tensor with scales and biases in another float dtype."""
+    """Return parts with those that are floats, scales and biases, in another float dtype."""
     import mlx.core as mx
 
-    floats = {part: parts[part].astype(getattr(mx, dtype.mlx)) for part in parts if part != "weight"}
-    return {"weight": parts["weight"], **floats}
+    wanted = getattr(mx, dtype.mlx)
+    return {
+        part: array.astype(wanted) if mx.issubdtype(array.dtype, mx.floating) else array
+        for part, array in parts.items()
+    }
 
 
 def neutral(rows: int) -> dict[str, mx.array]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from mla_tools.errors import ChangedError, CheckpointError, MlaToolsError, Problem, fold_names
 from mla_tools.files.directory import partial_name
 from mla_tools.files.place import AGAIN, File, Folder, Place, read_whole, shown
-from mla_tools.files.safetensors import Header, parse_object, read_header
+from mla_tools.files.safetensors import Header, NotJsonError, parse_object, read_header
 from mla_tools.spec import Spec
 
 __all__ = [
@@ -44,6 +44,7 @@ SUFFIX = ".safetensors"
 _MAX_CONFIG = 16 << 20
 _MAX_INDEX = 64 << 20
 _MAX_DEPTH = 64  # a config is copied and compared by recursion
+_NO_NUMBER = "Other readers of JSON refuse the file or read something else: correct the number."
 _COMPANIONS = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 
 # What this package wrote about an output is not true of another one that is made of it.
@@ -220,7 +221,8 @@ def _read_json(
     try:
         value, twice = parse_object(data)
     except ValueError as error:
-        raise CheckpointError([Problem(name, str(error), cause=AGAIN)]) from error
+        cause = _NO_NUMBER if isinstance(error, NotJsonError) else AGAIN
+        raise CheckpointError([Problem(name, str(error), cause=cause)]) from error
     if _depth(value) > _MAX_DEPTH:
         raise CheckpointError([Problem(name, "is nested too deeply", f"at most {_MAX_DEPTH} levels")])
     for key in dict.fromkeys(twice):

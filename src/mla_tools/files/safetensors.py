@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ __all__ = [
     "Entry",
     "Header",
     "Layout",
+    "NotJsonError",
     "layout",
     "parse_object",
     "read_header",
@@ -252,10 +254,15 @@ def _count(number: int) -> str:
     return f"{number:,}" if number < _MAX_NUMBER else f"about 2^{number.bit_length() - 1}"
 
 
+class NotJsonError(ValueError):
+    """A file holds a number that Python reads and writes, and that JSON does not have."""
+
+
 def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
     """Return the JSON object in `data`, and every key that some object in it has more than once.
 
-    Raises ValueError with the end of a sentence ("is not JSON: …") when there is no object.
+    Raises ValueError with the end of a sentence ("is not JSON: …") when there is no object, and its
+    NotJsonError for NaN, for infinity, and for a number that is too large to be read as anything else.
     """
     twice: list[str] = []
 
@@ -267,16 +274,31 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
         return found
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=gather)
+        value = json.loads(
+            data.decode(), object_pairs_hook=gather, parse_float=_finite, parse_constant=_refuse_constant
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text (byte {error.start:,})") from error
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
+    except NotJsonError:
+        raise
     except ValueError as error:  # also numbers of thousands of digits
         raise ValueError(f"is not JSON: {error}") from error
     if type(value) is not dict:
         raise ValueError("is not a JSON object")
     return value, twice
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise NotJsonError(f"holds the number {shown(text)}, which is read as infinity")
+    return number
+
+
+def _refuse_constant(text: str) -> float:
+    raise NotJsonError(f"is not JSON: it holds {text}, and JSON has no such number")
 
 
 @dataclass(frozen=True)
