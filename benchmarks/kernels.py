@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
-    noise = 0.02 * mx.random.normal((args.elements // WIDTH, WIDTH))
+    noise = 0.02 * mx.random.normal((args.elements // WIDTH, WIDTH), key=mx.random.key(0))
     figures: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
@@ -126,7 +126,7 @@ def main() -> None:
                 args.rounds,
             )
     # Every code but NaN, which is not equal to itself.
-    codes = mx.random.randint(0, 127, noise.shape).astype(mx.uint8)
+    codes = mx.random.randint(0, 127, noise.shape, key=mx.random.key(1)).astype(mx.uint8)
     table = mx.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
     mx.eval(codes, table)
 

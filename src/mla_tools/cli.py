@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
-from mla_tools.console import ended, say, show
+from mla_tools.console import ended, say, show, show_json
 from mla_tools.distributed import launched
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import execute
@@ -154,7 +153,7 @@ def _convert(args: argparse.Namespace) -> int:
         found = {"output": str(out), **report.plan_json(plan, _workload(args, plan))}
         if drafts is not None:
             found["drafts"] = {"output": str(beside), **report.plan_json(drafts, _workload(args, drafts))}
-        show(json.dumps(found, indent=2))
+        show_json(found)
     else:
         show("\n".join(done))
     return 0
@@ -194,7 +193,7 @@ def _plan(args: argparse.Namespace) -> int:
         found = report.plan_json(plan, _workload(args, plan))
         if drafts is not None:
             found["drafts"] = report.plan_json(drafts, _workload(args, drafts))
-        show(json.dumps(found, indent=2))
+        show_json(found)
     else:
         plans = [plan] if drafts is None else [plan, drafts]
         show("\n\n".join(report.plan_text(each, _workload(args, each)) for each in plans))
@@ -211,7 +210,10 @@ def _inspect(args: argparse.Namespace) -> int:
     problems = [*checkpoint.problems, *made.problems]
     error = CheckpointError(problems) if problems else None
     survey = report.survey_json(checkpoint, made)
-    show(json.dumps(survey, indent=2) if args.json else report.survey_text(survey, error))
+    if args.json:
+        show_json(survey)
+    else:
+        show(report.survey_text(survey, error))
     return 1 if problems else 0
 
 
@@ -222,7 +224,7 @@ def _verify(args: argparse.Namespace) -> int:
     found = verify_output(folder, quick=args.quick)
     if args.json:
         told = {"output": str(folder), "files": found.files, "bytes": found.nbytes, "quick": args.quick}
-        show(json.dumps({**told, "notes": list(found.notes)}))
+        show_json({**told, "notes": list(found.notes)})
     else:
         compared = "sizes and headers" if args.quick else "sizes, headers and sha256"
         size = report.human_bytes(found.nbytes)
@@ -238,7 +240,7 @@ def _sample(args: argparse.Namespace) -> int:
     except OSError as error:
         raise MlaToolsError(f"{folder} cannot be written: {error.strerror}") from error
     if args.json:
-        show(json.dumps({"output": str(folder), "family": args.family, "format": args.format}))
+        show_json({"output": str(folder), "family": args.family, "format": args.format})
     else:
         show(f"A random {args.family} checkpoint in {args.format} is in {folder}.")
     return 0

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from mla_tools.errors import CheckpointError, MlaToolsError
 
-__all__ = ["INTERRUPTED", "PIPE_CLOSED", "ended", "error_json", "printable", "say", "show"]
+__all__ = ["INTERRUPTED", "PIPE_CLOSED", "ended", "error_json", "printable", "say", "show", "show_json"]
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # what a shell gives for a process that SIGPIPE ended
@@ -42,6 +42,11 @@ def show(text: str) -> None:
     except OSError as error:
         _forget_stdout()
         raise MlaToolsError(f"the result cannot be printed: {error.strerror}") from error
+
+
+def show_json(value: object) -> None:
+    """Print a result on stdout as JSON."""
+    show(json.dumps(value, indent=2, allow_nan=False))
 
 
 def say(text: str) -> None:
@@ -85,7 +90,7 @@ def ended(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
 def _failed(error: Exception, code: int, as_json: bool) -> int:
     if as_json:
         with suppress(ClosedError, MlaToolsError):
-            show(json.dumps(error_json(error), indent=2))
+            show_json(error_json(error))
     before = "" if code == INTERRUPTED else "error: "
     say("\n".join([f"{before}{error}", *getattr(error, "__notes__", ())]))
     return code

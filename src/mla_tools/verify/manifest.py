@@ -76,7 +76,7 @@ class ManifestCheck:
             try:
                 # Files, which hold any question and any answer while this process does something else.
                 asked, self._out, self._err = (stack.enter_context(TemporaryFile()) for _ in range(3))
-                asked.write(json.dumps(question).encode())
+                asked.write(json.dumps(question, allow_nan=False).encode())
                 asked.seek(0)
                 self._child = subprocess.Popen(
                     [sys.executable, "-P", "-c", _CHILD],
