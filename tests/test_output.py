@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny import JOURNALS, SHARD_BYTES, StopError, begun, digests, lines_of, planned, write_tiny
+from tiny import (
+    CHILD,
+    JOURNALS,
+    SHARD_BYTES,
+    StopError,
+    begun,
+    child,
+    digests,
+    lines_of,
+    planned,
+    write_tiny,
+)
 
 from mla_tools import plan as planning
 from mla_tools.cli import main
@@ -33,23 +44,6 @@ from mla_tools.output import record as output_record
 from mla_tools.output import writing as output_writing
 from mla_tools.plan import Plan, Workload
 from mla_tools.quantization import QuantSpec
-
-# The command, with output files and checkpoints of a size that fits the model, and no question to mlx-lm.
-CHILD = f"""
-import sys
-from mla_tools import __main__, cli, plan, verify
-from mla_tools.output import folder, writing
-plan.SHARD_BYTES = {SHARD_BYTES}
-writing.CHECKPOINT_BYTES = 1
-folder.SMALL_FILES = 0
-class Agrees:
-    def __init__(self, *given): pass
-    def look(self): pass
-    def wait(self): pass
-    def cancel(self): pass
-verify.ManifestCheck = Agrees
-sys.exit(__main__.main())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +74,6 @@ def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     made = digests(out)
     assert len([name for name in made if name.endswith(".safetensors")]) == 3
     return made
-
-
-def child(*argv: str, code: str = CHILD) -> list[str]:
-    return [sys.executable, "-c", code, *argv]
 
 
 # --- the journal -------------------------------------------------------------------------------------

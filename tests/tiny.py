@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,23 @@ TINY = {
 }
 SHARD_BYTES = 200_000
 JOURNALS = "mla_tools.journal-*.jsonl"
+
+# The command, with output files and checkpoints of a size that fits the model, and no question to mlx-lm.
+CHILD = f"""
+import sys
+from mla_tools import __main__, cli, plan, verify
+from mla_tools.output import folder, writing
+plan.SHARD_BYTES = {SHARD_BYTES}
+writing.CHECKPOINT_BYTES = 1
+folder.SMALL_FILES = 0
+class Agrees:
+    def __init__(self, *given): pass
+    def look(self): pass
+    def wait(self): pass
+    def cancel(self): pass
+verify.ManifestCheck = Agrees
+sys.exit(__main__.main())
+"""
 
 
 def write_tiny(folder: Path, dims: Mapping[str, int] = TINY) -> None:
@@ -77,3 +95,8 @@ def begun(plan: Plan, out: Path, share: float = 0.5) -> Path:
 def lines_of(journal: Path) -> list[dict[str, Any]]:
     """Return what the lines of a journal say, each after its checksum."""
     return [json.loads(line.partition(" ")[2]) for line in journal.read_text().splitlines()]
+
+
+def child(*argv: str, code: str = CHILD) -> list[str]:
+    """Return how the command is started, with these arguments."""
+    return [sys.executable, "-c", code, *argv]
