@@ -6,14 +6,11 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Self
 
-import mlx.core as mx
 import pytest
 from forgetful import CUTS, FORGETS_ALL, Event, KilledError, Record, Tree, key_of, rebuild
-from tiny import TINY, digests, planned, write_tiny
+from tiny import TINY, computing_here, digests, planned, write_tiny
 
 from mla_tools import plan as planning
 from mla_tools.errors import MlaToolsError
@@ -88,36 +85,6 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-class AtOnce:
-    """In the place of a pool of threads, as each of them would have a stream of MLX, which never ends."""
-
-    def __init__(self, threads: int) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *given: object) -> None:
-        pass
-
-    def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(work(*given))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, *, cancel_futures: bool) -> None:
-        pass
-
-
-def _computing_here(patch: pytest.MonkeyPatch) -> None:
-    """Compute in the thread of the test; what waits for the disk still has threads of its own."""
-    patch.setattr("mla_tools.execute.ThreadPoolExecutor", AtOnce)
-    patch.setattr(mx, "new_stream", mx.default_stream)
-
-
 def convert(plan: Plan, out: Path, *, resume: bool = False, overwrite: bool = False) -> bool:
     return execute(plan, out, workload=ONE_THREAD, resume=resume, overwrite=overwrite)
 
@@ -126,7 +93,7 @@ def recorded(root: Path, *runs: Callable[[], object], ends_after: int = -1) -> t
     """Record what runs do, the last but one killed after so many calls; return where the last began."""
     first = 0
     with pytest.MonkeyPatch.context() as patch:
-        _computing_here(patch)
+        computing_here(patch)
         record = Record(root, patch)
         for number, run in enumerate(runs):
             record.ends_after = ends_after if number == len(runs) - 2 else -1
@@ -165,7 +132,7 @@ class Cuts:
     def check(self, record: Record, first: int = 0, last: int | None = None) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", lambda fd: None)
-            _computing_here(patch)
+            computing_here(patch)
             for text, tree in record.states(first, last):
                 key = key_of(tree)
                 self._keys.add(key)

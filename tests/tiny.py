@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import mlx.core as mx
 import pytest
 
 from mla_tools.architectures import MODEL_TYPES
@@ -100,3 +102,33 @@ def lines_of(journal: Path) -> list[dict[str, Any]]:
 def child(*argv: str, code: str = CHILD) -> list[str]:
     """Return how the command is started, with these arguments."""
     return [sys.executable, "-c", code, *argv]
+
+
+class AtOnce:
+    """In the place of a pool of threads, as each of them would have a stream of MLX, which never ends."""
+
+    def __init__(self, threads: int) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*given))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, *, cancel_futures: bool) -> None:
+        pass
+
+
+def computing_here(patch: pytest.MonkeyPatch) -> None:
+    """Compute in the thread of the test; what waits for the disk still has threads of its own."""
+    patch.setattr("mla_tools.execute.ThreadPoolExecutor", AtOnce)
+    patch.setattr(mx, "new_stream", mx.default_stream)
