@@ -19,6 +19,7 @@ from mla_tools.execute import execute
 from mla_tools.files.safetensors import parse_object
 from mla_tools.output import writing as output_writing
 from mla_tools.output.journal import line_of
+from mla_tools.output.record import sha256_hex
 from mla_tools.plan import OutputFile, Plan
 from mla_tools.verify import verify_output
 
@@ -241,38 +242,50 @@ def test_a_line_of_the_journal_of_another_output_makes_no_other_output(
 # --- sound lines that say what no run writes -------------------------------------------------------------
 
 HUGE = 10**30
-SHAPES: dict[str, Any] = {
-    "no entry": {"done": [1]},
-    "no list": {"done": 1},
-    "nothing": {"done": []},
-    "null": {"done": None},
-    "an object": {"done": {"0": []}},
-    "backwards": {"done": [[0, [[[5, 1, 2]]]]]},
-    "empty range": {"done": [[0, [[[0, 0, 0]]]]]},
-    "no ranges": {"done": [[0, [[]]]]},
-    "no tensors": {"done": [[0, []]]},
-    "a tensor too many": {"done": [[0, [[[0, 1, 2]], [[0, 1, 2]]]]]},
-    "two of a range": {"done": [[0, [[[0, 1]]]]]},
-    "four of a range": {"done": [[0, [[[0, 1, 2, 3]]]]]},
-    "three of an entry": {"done": [[0, [[[0, 1, 2]]], 5]]},
-    "no numbers": {"done": [["0", [[["0", "1", "2"]]]]]},
-    "fractions": {"done": [[0.0, [[[0.0, 1.0, 2.0]]]]]},
-    "truth": {"done": [[True, [[[False, True, True]]]]]},
-    "negative": {"done": [[-1, [[[-5, -1, -2]]]]]},
-    "negative target": {"done": [[-1, [[[0, 5, 2]]]]]},
-    "negative start": {"done": [[0, [[[-5, 5, 2]]]]]},
-    "huge target": {"done": [[HUGE, [[[0, 5, 2]]]]]},
-    "huge range": {"done": [[0, [[[0, HUGE, 2]]]]]},
-    "huge start": {"done": [[0, [[[HUGE, HUGE + 1, 2]]]]]},
-    "a number too many": {"done": [[10**6, [[[0, 5, 2]]]]]},
-    "file is a number": {"file": 5},
-    "file without sha256": {"file": SEALED},
-    "sha256 is a number": {"file": SEALED, "sha256": 5},
-    "no such file": {"file": "../x", "sha256": "0" * 64},
-    "file is null": {"file": None, "sha256": None},
-    "a list": {"file": [SEALED], "sha256": ["0" * 64]},
-    "unknown": {"what": {"is": ["this"]}},
-}
+
+
+def shapes(n: int, size: int) -> dict[str, Any]:
+    """Return lines that no run writes, about a target that is not done, with one tensor of this size."""
+    return {
+        "no entry": {"done": [1]},
+        "no list": {"done": 1},
+        "nothing": {"done": []},
+        "null": {"done": None},
+        "an object": {"done": {"0": []}},
+        "backwards": {"done": [[n, [[[5, 1, 2]]]]]},
+        "empty range": {"done": [[n, [[[0, 0, 0]]]]]},
+        "no ranges": {"done": [[n, [[]]]]},
+        "no tensors": {"done": [[n, []]]},
+        "a tensor too many": {"done": [[n, [[[0, size, 2]], [[0, size, 2]]]]]},
+        "there and back": {"done": [[n, [[[0, 5, 2], [5, -10, 2], [-10, size, 2]]]]]},
+        "empty in between": {"done": [[n, [[[0, 5, 2], [5, 5, 2], [5, size, 2]]]]]},
+        "with a gap": {"done": [[n, [[[0, 5, 2], [6, size, 2]]]]]},
+        "too short": {"done": [[n, [[[0, size - 1, 2]]]]]},
+        "text for a number": {"done": [[str(n), [[[0, size, 2]]]]]},
+        "null for a number": {"done": [[None, [[[0, size, 2]]]]]},
+        "a list for a number": {"done": [[[n], [[[0, size, 2]]]]]},
+        "two of a range": {"done": [[n, [[[0, 1]]]]]},
+        "four of a range": {"done": [[n, [[[0, 1, 2, 3]]]]]},
+        "three of an entry": {"done": [[n, [[[0, size, 2]]], 5]]},
+        "no numbers": {"done": [["0", [[["0", "1", "2"]]]]]},
+        "fractions": {"done": [[float(n), [[[0.0, 1.0, 2.0]]]]]},
+        "truth": {"done": [[True, [[[False, True, True]]]]]},
+        "negative": {"done": [[-1, [[[-5, -1, -2]]]]]},
+        "negative target": {"done": [[-1, [[[0, 5, 2]]]]]},
+        "negative start": {"done": [[n, [[[-5, 5, 2]]]]]},
+        "huge target": {"done": [[HUGE, [[[0, 5, 2]]]]]},
+        "huge range": {"done": [[n, [[[0, HUGE, 2]]]]]},
+        "huge start": {"done": [[n, [[[HUGE, HUGE + 1, 2]]]]]},
+        "a number too many": {"done": [[10**6, [[[0, 5, 2]]]]]},
+        "file is a number": {"file": 5},
+        "file without sha256": {"file": SEALED},
+        "sha256 is a number": {"file": SEALED, "sha256": 5},
+        "no such file": {"file": "../x", "sha256": "0" * 64},
+        "file is null": {"file": None, "sha256": None},
+        "a list": {"file": [SEALED], "sha256": ["0" * 64]},
+        "unknown": {"what": {"is": ["this"]}},
+    }
+
 
 # These say that something is done which the file contradicts.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -283,9 +296,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", SHAPES)
-def test_a_sound_line_of_another_shape_says_nothing(case: str, resumed: Resumed) -> None:
-    line = line_of(SHAPES[case])
+@pytest.mark.parametrize("case", shapes(0, 1))
+def test_a_sound_line_of_another_shape_says_nothing(
+    case: str, plan: Plan, unfinished: Path, resumed: Resumed
+) -> None:
+    done = _done_in(plan, lines_of(unfinished / JOURNAL), plan.files[1])
+    todo = next(name for name in plan.files[1].layout.offsets if name not in done)
+    targets = [target for step in plan.steps for target in step.targets]
+    ((number, target),) = [(n, target) for n, target in enumerate(targets) if todo in target.stored()]
+    line = line_of(shapes(number, target.stored()[todo].nbytes)[case])
     assert parse_object(line.partition(b" ")[2])
     assert resumed(edited(lambda lines: [*lines, line])) == ""
     assert resumed(edited(lambda lines: [lines[0], line, *lines[1:]])) == ""
@@ -293,6 +312,23 @@ def test_a_sound_line_of_another_shape_says_nothing(case: str, resumed: Resumed)
     assert resumed(edited(lambda lines: [line, *lines])) == ""
     said = resumed(lambda out: (out / JOURNALS.replace("*", "00001")).write_bytes(line))
     assert said == ""
+
+
+RAW = {
+    "deep": b'{"done":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "digits": b'{"done":[[' + b"9" * 100_000 + b",[[[0,5,2]]]]]}",
+    "no JSON": b"{]",
+    "infinite": b'{"done":[[Infinity,[[[NaN,1e999,2]]]]]}',
+    "twice": b'{"file":"x","file":5}',
+    "no text": b'{"file":"\xff"}',
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_a_sound_line_that_is_no_json_to_speak_of_says_nothing(case: str, resumed: Resumed) -> None:
+    line = sha256_hex(RAW[case])[:16].encode() + b" " + RAW[case] + b"\n"
+    assert resumed(edited(lambda lines: [*lines, line])) == ""
+    assert resumed(edited(lambda lines: [line, *lines])) == ""
 
 
 @pytest.mark.parametrize("case", WRONG)
