@@ -15,71 +15,41 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from tiny import (
+    CHILD,
+    JOURNALS,
+    SHARD_BYTES,
+    StopError,
+    begun,
+    child,
+    digests,
+    lines_of,
+    planned,
+    write_tiny,
+)
 
 from mla_tools import plan as planning
-from mla_tools.architectures import MODEL_TYPES
 from mla_tools.cli import main
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
-from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.directory import Directory
 from mla_tools.output import INDEX, RECORD, is_complete, provenance
 from mla_tools.output import folder as output_folder
 from mla_tools.output import record as output_record
 from mla_tools.output import writing as output_writing
-from mla_tools.plan import Options, Plan, Workload, make_plan
+from mla_tools.plan import Plan, Workload
 from mla_tools.quantization import QuantSpec
-from mla_tools.sample import write_sample
-
-# A model whose conversion takes a tenth of a second, into three files.
-TINY = {
-    "vocab_size": 20,
-    "hidden_size": 144,
-    "intermediate_size": 136,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "n_routed_experts": 2,
-    "num_attention_heads": 3,
-    "kv_lora_rank": 132,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 40,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 24,
-}
-SHARD_BYTES = 200_000
-JOURNALS = "mla_tools.journal-*.jsonl"
-
-# The command, with output files and checkpoints of a size that fits the model, and no question to mlx-lm.
-CHILD = f"""
-import sys
-from mla_tools import __main__, cli, plan, verify
-from mla_tools.output import folder, writing
-plan.SHARD_BYTES = {SHARD_BYTES}
-writing.CHECKPOINT_BYTES = 1
-folder.SMALL_FILES = 0
-class Agrees:
-    def __init__(self, *given): pass
-    def look(self): pass
-    def wait(self): pass
-    def cancel(self): pass
-verify.ManifestCheck = Agrees
-sys.exit(__main__.main())
-"""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = MODEL_TYPES["deepseek_v3"]
     folder = tmp_path_factory.mktemp("sources") / "tiny"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODEL_TYPES, "deepseek_v3", replace(family, sample={**family.sample, **TINY}))
-        write_sample("deepseek_v3", folder, "bf16")
+    write_tiny(folder)
     return folder
 
 
@@ -94,10 +64,6 @@ def plan(source: Path) -> Plan:
     return planned(source)
 
 
-def planned(source: Path, **options: Any) -> Plan:
-    return make_plan(open_checkpoint(source), Options(**options))
-
-
 @pytest.fixture(scope="module")
 def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return what a conversion that nothing interrupts writes."""
@@ -108,39 +74,6 @@ def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     made = digests(out)
     assert len([name for name in made if name.endswith(".safetensors")]) == 3
     return made
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-class StopError(Exception):
-    """Ends a conversion, as the end of its process would."""
-
-
-def begun(plan: Plan, out: Path, share: float = 0.5) -> Path:
-    """Convert until so much is written, and return the journal of the unfinished folder."""
-    written: list[int] = []
-
-    def stop(nbytes: int) -> None:
-        written.append(nbytes)
-        if sum(written) > plan.nbytes * share:
-            raise StopError
-
-    with pytest.raises(StopError):
-        execute(plan, out, workload=Workload(1, 4000, 10**9), progress=stop)
-    (journal,) = out.glob(JOURNALS)
-    assert len(journal.read_text().splitlines()) > 2
-    return journal
-
-
-def lines_of(journal: Path) -> list[dict[str, Any]]:
-    """Return what the lines of a journal say, each after its checksum."""
-    return [json.loads(line.partition(" ")[2]) for line in journal.read_text().splitlines()]
-
-
-def child(*argv: str, code: str = CHILD) -> list[str]:
-    return [sys.executable, "-c", code, *argv]
 
 
 # --- the journal -------------------------------------------------------------------------------------

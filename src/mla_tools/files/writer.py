@@ -83,6 +83,7 @@ class Writer:
         # A new file, not the old one emptied: a run that still writes the old one must not hit ours.
         self._folder.remove(self._partial)
         self._fd = self._folder.create(self._partial)
+        self._folder.sync()  # or a power cut would take the name, whatever of the bytes was synced
         os.ftruncate(self._fd, self._layout.size)
         self._write_at(memoryview(self._layout.header), 0)
 

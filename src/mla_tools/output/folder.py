@@ -13,7 +13,7 @@ from typing import Any
 
 from mla_tools.distributed import Group, together
 from mla_tools.errors import DamagedError, MlaToolsError
-from mla_tools.files.directory import Directory, longest_name, partial_name
+from mla_tools.files.directory import Directory, longest_name, partial_name, sync
 from mla_tools.files.place import identity_of, shown
 from mla_tools.output.journal import (
     CLEARING,
@@ -187,6 +187,7 @@ def begin(
             if os.path.lexists(path):
                 opened.append(_open(path))
                 if resume and is_complete(opened[0], begun["provenance"]):
+                    _settle(opened[0])
                     end_journals(opened[0])
                     return False
             if group.rank == 0:
@@ -235,6 +236,7 @@ def _find_again(
     _check(folder, found, resume=resume, overwrite=overwrite)
     if resume and not found.unfinished:
         _refuse_finished(folder, found, begun["provenance"])
+    _settle(folder)
     ours = found.ours() | {partial_name(name) for name in _made(plan)}
     clear = overwrite or found.clearing
     if clear or not found.begun:
@@ -265,7 +267,6 @@ def _made(plan: Plan) -> set[str]:
 
 def _make(path: Path) -> Directory:
     """Return a new folder, which is on disk for good with those above it that were not there."""
-    missing = [above for above in (path, *path.parents) if not above.exists()]
     busy = MlaToolsError(f"{path} is being written by another process")
     try:
         path.mkdir(parents=True)
@@ -275,9 +276,7 @@ def _make(path: Path) -> Directory:
     if folder.names():
         folder.close()
         raise busy
-    for made in missing:
-        with suppress(PermissionError), Directory(made.parent) as above:
-            above.sync()
+    _sync_above(path)
     return folder
 
 
@@ -356,7 +355,35 @@ def _clear(folder: Directory, found: _Found, ours: set[str]) -> None:
                 f" {', '.join(map(shown, left[:4]))}. Take away what is yours, and run the same command"
                 " again."
             )
+        folder.sync()  # or what is left after a power cut would be nobody's
         folder.remove(CLEARING)
+
+
+def _settle(folder: Directory) -> None:
+    """Return when what is read of a folder is on disk for good.
+
+    A process that was killed has not synced all that it wrote, and what is built on that must outlast it.
+    """
+    for name in journals(folder):
+        with suppress(FileNotFoundError):  # its process has just ended it
+            fd = folder.open(name)
+            try:
+                sync(fd)
+            finally:
+                os.close(fd)
+    folder.sync()
+    _sync_above(folder.path)
+
+
+def _sync_above(path: Path) -> None:
+    """Return when a folder's name, and those of the folders above it on its disk, are there for good."""
+    disk = path.stat().st_dev
+    for above in path.absolute().parents:
+        with suppress(PermissionError):
+            if above.stat().st_dev != disk:
+                break
+            with Directory(above) as opened:
+                opened.sync()
 
 
 def end_journals(folder: Directory) -> None:
