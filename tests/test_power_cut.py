@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forgetful import CUTS, FORGETS_ALL, Event, KilledError, Record, Tree, key_of, rebuild
+from forgetful import CUTS, FORGETS_ALL, Cut, Event, KilledError, Record, Tree, actual, key_of, rebuild
 from tiny import TINY, computing_here, digests, planned, write_tiny
 
 from mla_tools import plan as planning
@@ -192,6 +192,7 @@ def test_a_new_output_survives_every_power_cut(
 ) -> None:
     record, _ = recorded(root, lambda: convert(plan, root / OUT))
     assert digests(root / OUT) == wanted
+    assert record.left(Cut("all", "all")) == actual(root)  # nothing was done that is not on record
     assert_for_good(record, wanted)
     cuts.check(record)
     assert cuts.count("resumed") > 100
@@ -206,6 +207,7 @@ def test_an_output_that_replaces_another_survives_every_power_cut(
     convert(other, out)
     cuts = Cuts(tmp_path / "rebuilt", plan, wanted, digests(out))
     record, _ = recorded(root, lambda: convert(plan, out, overwrite=True))
+    assert record.left(Cut("all", "all")) == actual(root)
     assert_for_good(record, wanted)
     cuts.check(record)
     assert cuts.count("resumed") > 100
