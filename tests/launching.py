@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
+
+from ports import free_ports
 
 # A rank that waits for another one forever must not hold up the tests.
 _SECONDS = 120
-
-
-def ports(count: int) -> int:
-    """Return the first of so many ports in a row that are free."""
-    while True:
-        with ExitStack() as stack:
-            bound = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
-            bound[0].bind(("127.0.0.1", 0))
-            first = int(bound[0].getsockname()[1])
-            try:
-                for number, each in enumerate(bound[1:], 1):
-                    each.bind(("127.0.0.1", first + number))
-            except (OSError, OverflowError):
-                continue
-            return first
 
 
 def run_ranks(
@@ -36,7 +22,7 @@ def run_ranks(
 
     Rank 0 and rank 1 have a pipe from one to the other, its end in PIPE.
     """
-    first = ports(ranks)
+    first = free_ports(ranks)
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(ranks)]))
     reading, writing = os.pipe()

@@ -107,7 +107,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str, str]] = {
     "nothing": ({}, ALONE, ALONE),
     "Open MPI": ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "4"}, JOINED, "OMPI_COMM_WORLD_RANK"),
     "Open MPI, one": ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, ALONE, ALONE),
-    "MPICH": ({"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "7"}, JOINED, "PMI_RANK"),
+    "MPICH": ({"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "7"}, JOINED, "PMI_RANK"),
     "MPICH, one": ({"PMI_RANK": "0", "PMI_SIZE": "1", "PMI_FD": "7"}, ALONE, ALONE),
     "Slurm without PMI": (SLURM, ALONE, ALONE),
     "a shell in a step of Slurm": ({**SLURM, "PMI_RANK": "0", "PMI_SIZE": "1"}, ALONE, ALONE),
@@ -167,9 +167,18 @@ def test_the_environment_says_which_group_a_process_is_of(
         )
 
 
+def test_a_group_of_another_size_than_the_launcher_started_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _set({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "2"}, tmp_path, monkeypatch)
+    monkeypatch.setattr(mx.distributed, "init", lambda strict: FourProcesses())
+    with pytest.raises(MlaToolsError, match="is set by a launcher of 2 processes, and MLX joins 4"):
+        launched()
+
+
 def _set(environment: Mapping[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set what a launcher sets, and nothing that another one may have set for the tests."""
-    for name in ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+    for name in ("MLX_RANK", "MLX_HOSTFILE", *OPEN_MPI, "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         if name == "MLX_HOSTFILE":

@@ -82,14 +82,19 @@ def launched() -> Group:
     found = [name for name in _LAUNCHERS if name in os.environ]
     if all(os.environ.get(_LAUNCHERS[name]) == "1" for name in found) or _launched_alone():
         return Alone()
+    named = ", ".join(found)
+    advice = f"Start with mlx.launch or mpirun, or unset {named} to convert in one process."
     try:
-        return _Launched()
+        group = _Launched()
     except (RuntimeError, ValueError) as error:
-        named = ", ".join(found)
-        raise MlaToolsError(
-            f"{named} is set, as by a launcher of several processes, and MLX cannot join them ({error})."
-            f" Start with mlx.launch or mpirun, or unset {named} to convert in one process."
-        ) from error
+        what = f"is set, as by a launcher of several processes, and MLX cannot join them ({error})."
+        raise MlaToolsError(f"{named} {what} {advice}") from error
+    sizes = {os.environ[size] for size in map(_LAUNCHERS.__getitem__, found) if size in os.environ}
+    if "MLX_RANK" not in found and sizes - {str(group.size)}:
+        # With another MPI than the launcher's, each rank would take itself for the only one.
+        what = f"is set by a launcher of {' or '.join(sorted(sizes))} processes, and MLX joins {group.size}."
+        raise MlaToolsError(f"{named} {what} {advice}")
+    return group
 
 
 def _launched_alone() -> bool:

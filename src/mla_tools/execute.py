@@ -222,6 +222,9 @@ def execute(
             if error.resumable:
                 error.add_note(how_to_resume(folder))
             raise
+        except Exception as error:  # nobody foresaw it, and what is done is kept all the same
+            error.add_note(how_to_resume(folder))
+            raise
     return True
 
 

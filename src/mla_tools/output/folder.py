@@ -47,15 +47,14 @@ class _Found:
 
     names: frozenset[str]
     journals: frozenset[str]
-    begun: tuple[dict[str, Any], ...]
+    begun: Mapping[str, dict[str, Any]]
     record: Record | None
 
     @classmethod
     def of(cls, folder: Directory) -> _Found:
-        firsts = (first for first, _ in read_journals(folder))
-        begun = tuple(first for first in firsts if first is not None)
-        held = frozenset(journals(folder))
-        return cls(frozenset(folder.names()), held, begun, find_record(folder))
+        firsts = {name: first for name, (first, _) in read_journals(folder).items()}
+        begun = {name: first for name, first in firsts.items() if first is not None}
+        return cls(frozenset(folder.names()), frozenset(firsts), begun, find_record(folder))
 
     @property
     def unfinished(self) -> bool:
@@ -67,12 +66,12 @@ class _Found:
     @property
     def clearing(self) -> bool:
         """Whether the removal of an output was begun here, and what is removed is on record."""
-        return any("provenance" not in first for first in self.begun)
+        return CLEARING in self.begun
 
     def ours(self) -> set[str]:
         """Return the names of all files that the conversions which were here may have made."""
         names: set[str] = set()
-        for first in self.begun:
+        for first in self.begun.values():
             told = first.get("provenance")
             output = told.get("output") if isinstance(told, dict) else first.get("output")
             for key in ("files", "copied", "added"):

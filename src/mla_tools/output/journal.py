@@ -58,9 +58,9 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def read_journals(folder: Directory) -> list[tuple[dict[str, Any] | None, list[dict[str, Any]]]]:
-    """Return the first line and the others of each journal; the first is None if it says nothing."""
-    found: list[tuple[dict[str, Any] | None, list[dict[str, Any]]]] = []
+def read_journals(folder: Directory) -> dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]]:
+    """Return the first line and the others of each journal by name; the first is None if it says nothing."""
+    found: dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]] = {}
     left = _MAX_BYTES
     for name in journals(folder):
         data = folder.read(name, left)
@@ -69,9 +69,16 @@ def read_journals(folder: Directory) -> list[tuple[dict[str, Any] | None, list[d
         left -= len(data)
         first, *rest = data.split(b"\n")
         lines = [line for line in map(parse_line, rest) if line is not None]
-        head = parse_line(first)
-        found.append((head, lines) if head is not None else (None, []))
+        head = _begun(name, first)
+        found[name] = (head, lines) if head is not None else (None, [])
     return found
+
+
+def _begun(name: str, first: bytes) -> dict[str, Any] | None:
+    """Return what a journal began with; None if its first line was damaged, or is another one."""
+    found = parse_line(first)
+    # Only the journal of a removal says nothing of what was converted.
+    return found if found is not None and ("provenance" in found) == (name != CLEARING) else None
 
 
 class Journal:
@@ -88,13 +95,13 @@ class Journal:
             self._fd = folder.open(self.name, append=True)
         try:
             lock(folder, self.name, self._fd)
-            for first, _ in read_journals(folder):
+            for first, _ in read_journals(folder).values():
                 if first is not None:
                     _refuse_other(folder, first, begun)
             own = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
             # What was cut off stays a line of its own.
             self._torn = bool(own) and not own.endswith(b"\n")
-            if parse_line(own.partition(b"\n")[0]) is None:
+            if _begun(self.name, own.partition(b"\n")[0]) is None:
                 os.ftruncate(self._fd, 0)
                 self._torn = False
                 self.append(begun)
@@ -165,7 +172,7 @@ class State:
     def of(cls, folder: Directory) -> State:
         """Return what all journals of a folder say together."""
         state = cls()
-        for _, lines in read_journals(folder):
+        for _, lines in read_journals(folder).values():
             for line in lines:
                 match line:
                     case {"done": [*entries]}:
