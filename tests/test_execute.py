@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors import safe_open
+from tiny import TINY
 
 from mla_tools import plan as plan_module
 from mla_tools.architectures import MODEL_TYPES
@@ -35,20 +36,6 @@ OPTIONS = {
     "plain": Options(),
     "affine": Options(quantize=QuantSpec()),
     "mxfp4": Options(quantize=QuantSpec("mxfp4")),
-}
-TINY = {
-    "vocab_size": 20,
-    "hidden_size": 144,
-    "intermediate_size": 136,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "n_routed_experts": 2,
-    "num_attention_heads": 3,
-    "kv_lora_rank": 132,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 40,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 24,
 }
 
 
