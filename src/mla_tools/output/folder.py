@@ -160,7 +160,7 @@ def _damaged(folder: Directory, record: Record) -> list[str]:
     damaged = []
     for name, (nbytes, _) in record.files.items():
         status = folder.status(name)
-        if status is None or status.st_size != nbytes:
+        if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != nbytes:
             damaged.append(name)
     return damaged
 
@@ -239,6 +239,8 @@ def _find_again(
     clear = overwrite or found.clearing
     if clear or not found.begun:
         _refuse_strange(folder, found, ours)
+    for name in sorted(found.names & (ours | _made(plan))):
+        folder.check(name)
     if clear:
         _check_room(plan, folder.path, taken=sum(_allocated(folder, name) for name in found.names))
         _clear(folder, found, ours)
