@@ -6,6 +6,7 @@ that change the disk, with up to five mutations: damage, files of somebody else,
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -310,6 +311,7 @@ def _may_go(case: Case, name: str) -> bool:
     """Return whether this tool may change or remove what lies there: files of its own, by their names."""
     status = (case.folder / name).lstat()
     own = name in case.bench.ours or bool(JOURNAL.fullmatch(name)) or name in case.claimed
+    own = own or name.removesuffix(".partial") in case.claimed
     return own and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
@@ -572,13 +574,13 @@ def _change(value: Any, pick: Pick) -> None:
         case 0:
             holder.pop(key, None)
         case 1:
-            holder[key] = VALUES[pick(len(VALUES))]
+            holder[key] = copy.deepcopy(VALUES[pick(len(VALUES))])
         case 2:
-            holder[key] = ENTRIES[pick(len(ENTRIES))]
+            holder[key] = copy.deepcopy(ENTRIES[pick(len(ENTRIES))])
         case 3:
-            holder[NAMES[pick(len(NAMES))]] = holder.get(key)
+            holder[NAMES[pick(len(NAMES))]] = copy.deepcopy(holder.get(key))
         case _:
-            holder[NAMES[pick(len(NAMES))]] = ENTRIES[pick(len(ENTRIES))]
+            holder[NAMES[pick(len(NAMES))]] = copy.deepcopy(ENTRIES[pick(len(ENTRIES))])
 
 
 def _strings(value: object) -> set[str]:

@@ -90,6 +90,10 @@ class Directory:
             return os.stat(_plain(name), dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # no file has such a name
+                return None
+            raise
 
     def check(self, name: str) -> None:
         """Raise MlaToolsError if a name stands for something that this tool would never make."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def _check(folder: Directory, found: _Found, *, resume: bool, overwrite: bool) -
                 " --overwrite."
             )
     elif found.journals and found.record is None:
-        names = ", ".join(map(shown, sorted(found.journals)))
+        names = _first(sorted(found.journals))
         raise MlaToolsError(f"{refused} It holds a journal that is damaged or of another version ({names}).")
     elif found.record is not None:
         if not allowed:
@@ -312,24 +312,28 @@ def _refuse_finished(folder: Directory, found: _Found, provenance: Mapping[str, 
         return
     if changed := _differences(record, provenance):
         raise other_plan(folder, "is the output of another plan, so there is nothing to resume", changed)
-    gone = ", ".join(map(shown, _damaged(folder, record)))
-    raise MlaToolsError(f"{folder.path} is not as it was left, start again with --overwrite: {gone}")
+    gone = _damaged(folder, record)
+    raise MlaToolsError(f"{folder.path} is not as it was left, start again with --overwrite: {_first(gone)}")
 
 
 def _refuse_strange(folder: Directory, found: _Found, ours: set[str]) -> None:
     """Raise MlaToolsError if a folder holds anything that this tool did not make."""
     statuses = {name: folder.status(name) for name in sorted(found.names)}
     strange = [
-        shown(name)
+        name
         for name, status in statuses.items()
         if name not in ours or (status is not None and not stat.S_ISREG(status.st_mode))
     ]
     if strange:
-        more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
         raise MlaToolsError(
-            f"{folder.path} holds what this tool did not make, so it is left alone:"
-            f" {', '.join(strange[:4])}{more}"
+            f"{folder.path} holds what this tool did not make, so it is left alone: {_first(strange)}"
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(shown, names[:4])) + more
 
 
 def _clear(folder: Directory, found: _Found, ours: set[str]) -> None:
@@ -355,7 +359,7 @@ def _clear(folder: Directory, found: _Found, ours: set[str]) -> None:
         if left := sorted(set(folder.names()) - {CLEARING}):
             raise MlaToolsError(
                 f"{folder.path} was changed while it was being replaced, and this is left in it:"
-                f" {', '.join(map(shown, left[:4]))}. Take away what is yours, and run the same command"
+                f" {_first(left)}. Take away what is yours, and run the same command"
                 " again."
             )
         folder.remove(CLEARING)
