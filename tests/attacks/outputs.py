@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import mlx.core as mx
 from attacks.mutations import VALUES, Pick
 
 from mla_tools import execute as executing
@@ -71,7 +72,8 @@ MOST_SAID = 100_000
 STRAYS = (
     *("chat_template.jinja", "modeling_x.py", "adapters.safetensors", "model.safetensors", "thesis.txt"),
     *(".hidden", "README.md", ".gitattributes", "model-00001-of-00009.safetensors", "x.partial", "a\nb"),
-    *("\x1b[31mred\u202e.txt", "\udcff", "n" * 255, "mla_tools.journal-1.jsonl", "config.json.partial.partial"),
+    *("\x1b[31mred\u202e.txt", "\udcff", "n" * 255, "mla_tools.journal-1.jsonl"),
+    "config.json.partial.partial",
     "mla_tools.journal-\u0660\u0660\u0660\u0660\u0660.jsonl",
 )  # fmt: skip
 # What verify_output may pass beside a model: no reader of models opens it.
@@ -88,7 +90,7 @@ ENTRIES = (
 LINES: tuple[Any, ...] = (
     *({"output": 5}, {"output": {"files": 5}}, {"output": {"files": {}}}, {"output": {"files": [[], {}, 5]}}),
     *({"output": {"files": list(NAMES), "copied": "x", "added": {"": 1}}}, {"provenance": None}, {}),
-    *({"provenance": {"output": {"files": {name: 1 for name in NAMES}}}}, {"provenance": []}),
+    *({"provenance": {"output": {"files": dict.fromkeys(NAMES, 1)}}}, {"provenance": []}),
     *({"done": 5}, {"done": [5, [], [0], [0, 5], [0, [5]], [0, [[]]], [0, [[5]]], [True, [[[0, 1, 2]]]]]}),
     *({"done": [[10**30, [[[0, 10**30, 0]]]], [-1, []], [0, [[[0, 1, -1]], []]], [1, [[[0, 64, 0]]]]]},),
     *({"done": [[number, [[[0, 64, 0]]]] for number in range(40)]}, {"done": [["0", {}], [0.0, [[[]]]]]}),
@@ -163,11 +165,19 @@ def bench() -> Bench:
         states[f"replaced {number}"] = files
         if not files:  # what comes now is what comes to a new one
             break
-    states["finished"] = wanted
-    unique = {tuple(sorted(files.items())): name for name, files in states.items()}
+    unique: dict[tuple[tuple[str, bytes], ...], str] = {}
+    for name, files in {"finished": wanted, **states}.items():
+        unique.setdefault(tuple(sorted(files.items())), name)
     for name in ("new", "other"):
         shutil.rmtree(root / name)
-    return Bench(home, plan, {name: dict(files) for files, name in unique.items()}, wanted, states["other finished"], begun)
+    return Bench(
+        home,
+        plan,
+        {name: dict(files) for files, name in unique.items()},
+        wanted,
+        states["other finished"],
+        begun,
+    )
 
 
 class _AtOnce:
@@ -186,7 +196,7 @@ class _AtOnce:
         future: Future[Any] = Future()
         try:
             future.set_result(work(*given))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             future.set_exception(error)
         return future
 
@@ -380,6 +390,9 @@ def _bounded() -> Iterator[None]:
         for name in ("pread", "preadv", "read"):
             stack.enter_context(patch.object(os, name, counted(getattr(os, name))))
         stack.enter_context(patch.object(os, "fsync", lambda fd: None))
+        # Each new stream of MLX is a thread that stays, and so is the default one of each new thread.
+        stack.enter_context(patch.object(executing, "ThreadPoolExecutor", _AtOnce))
+        stack.enter_context(patch.object(mx, "new_stream", mx.default_stream))
         stack.enter_context(patch.object(writing, "CHECKPOINT_BYTES", CHECKPOINT_BYTES))
         yield
 
@@ -389,7 +402,7 @@ def _bounded() -> Iterator[None]:
 
 def _there(case: Case, pick: Pick) -> Path:
     """Return something that lies in the folder; if there is nothing, a file that is made for it."""
-    names = sorted(os.listdir(case.folder))
+    names = sorted(path.name for path in case.folder.iterdir())
     if not names:
         (case.folder / STRAYS[0]).write_text("mine")
         names = [STRAYS[0]]

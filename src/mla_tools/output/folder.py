@@ -81,7 +81,8 @@ class _Found:
             names |= {RECORD, INDEX, CONFIG}
         if self.record is not None:
             names |= {RECORD, *self.record.files}
-        return names | {partial_name(name) for name in names} | self.journals
+        partials = {partial_name(name) for name in names if not _is_partial(name)}
+        return names | partials | self.journals
 
 
 def _is_partial(name: str) -> bool:

@@ -91,7 +91,7 @@ class Journal:
             for first, _ in read_journals(folder):
                 if first is not None:
                     _refuse_other(folder, first, begun)
-            own = os.pread(self._fd, _MAX_BYTES, 0)
+            own = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
             # What was cut off stays a line of its own.
             self._torn = bool(own) and not own.endswith(b"\n")
             if parse_line(own.partition(b"\n")[0]) is None:

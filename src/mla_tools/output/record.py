@@ -146,7 +146,9 @@ def _is_plain(name: str) -> bool:
 def _made_of(output: Mapping[str, Any]) -> set[str]:
     """Return the names of the files that a provenance says are in an output."""
     listed = [output.get(key) for key in ("files", "copied", "added")]
-    return {name for names in listed if isinstance(names, (dict, list)) for name in names if type(name) is str}
+    return {
+        name for names in listed if isinstance(names, (dict, list)) for name in names if type(name) is str
+    }
 
 
 def record_of(value: Mapping[str, Any]) -> bytes:
