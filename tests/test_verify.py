@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ from typing import Any
 import pytest
 from conversion import convert
 
+from mla_tools import plan as planning
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.output import INDEX
 from mla_tools.plan import Options, make_plan
 from mla_tools.sample import write_sample
 from mla_tools.verify import ManifestCheck, compare, verify_output
+from mla_tools.verify import manifest as asking
 from mla_tools.verify.child import manifest
 
 Shapes = dict[str, list[int]]
@@ -295,3 +301,219 @@ def test_a_folder_without_a_usable_record_is_refused(record: str, out: Path) -> 
         (out / "mla_tools.json").write_text(text)
     with pytest.raises(MlaToolsError, match="nothing to compare it with"):
         verify_output(out)
+
+
+def test_no_bit_of_the_record_can_change(out: Path) -> None:
+    path = out / "mla_tools.json"
+    data = path.read_bytes()
+    positions = range(0, 8 * len(data), 61)
+    assert len(positions) > 600
+    for position in positions:
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(MlaToolsError, match="nothing to compare it with"):
+            verify_output(out)
+    path.write_bytes(data)
+    verify_output(out)
+
+
+def forge(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the record, and give it the digest that fits."""
+    record = json.loads((out / "mla_tools.json").read_text())
+    change(record)
+    del record["sha256"]
+    rest = json.dumps(record, indent=4) + "\n"
+    record["sha256"] = hashlib.sha256(rest.encode()).hexdigest()
+    (out / "mla_tools.json").write_text(json.dumps(record, indent=4) + "\n")
+
+
+def test_a_record_that_is_forged_soundly_is_read(out: Path) -> None:
+    forge(out, lambda record: record["notes"].append("forged"))
+    verify_output(out)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", INDEX])
+def test_a_file_is_not_lost_by_losing_its_entry(name: str, out: Path) -> None:
+    flip(out / name)
+    forge(out, lambda record: record["files"].pop(name))
+    with pytest.raises(MlaToolsError, match=f"its files lack {re.escape(name)}, so there is nothing"):
+        verify_output(out)
+
+
+@pytest.mark.parametrize(("name", "listed"), [("model.safetensors", "files"), ("tokenizer.json", "copied")])
+def test_a_file_that_the_record_does_not_know_at_all_is_a_stray(name: str, listed: str, out: Path) -> None:
+    flip(out / name)
+
+    def change(record: dict[str, Any]) -> None:
+        del record["files"][name]
+        names = record["output"][listed]
+        names.remove(name) if isinstance(names, list) else names.pop(name)
+
+    forge(out, change)
+    with pytest.raises(CheckpointError) as caught:
+        verify_output(out)
+    (problem,) = caught.value.problems
+    assert (problem.subject, "was not written by the conversion" in problem.what) == (name, True)
+
+
+STRAYS = {
+    "chat_template.jinja": False,
+    "modeling_x.py": False,
+    "adapters.safetensors": False,
+    "model.safetensors": True,
+    "model-00002-of-00002.safetensors": True,
+    "thesis.txt": False,
+    "pytorch_model.bin": False,
+    "folder/": False,
+}
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_what_a_reader_could_open_is_a_problem(name: str, converted_in_shards: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(converted_in_shards, tmp_path / "out"))
+    path = out / name
+    path.mkdir() if name.endswith("/") else path.write_bytes((out / "tokenizer.json").read_bytes())
+    with pytest.raises(CheckpointError) as caught:
+        verify_output(out)
+    (problem,) = [problem for problem in caught.value.problems if "not written by" in problem.what]
+    assert problem.subject == path.name
+    assert ("mlx-lm would load it" in problem.what) == STRAYS[name]
+
+
+@pytest.fixture(scope="module")
+def converted_in_shards(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "SHARD_BYTES", 2_000_000)
+        execute(make_plan(open_checkpoint(converted.parent / "source"), Options()), out)
+    assert not (out / "model.safetensors").exists()
+    return out
+
+
+def test_what_no_reader_opens_is_a_note(out: Path) -> None:
+    for name in (".gitattributes", "README.md", "LICENSE"):
+        (out / name).write_text("mine")
+    (out / ".git").mkdir()
+    found = verify_output(out)
+    assert found.notes == tuple(
+        f"{name} was not written by the conversion"
+        for name in (".git", ".gitattributes", "LICENSE", "README.md")
+    )
+
+
+def in_the_header(path: Path) -> None:
+    """Flip one bit of a name in the metadata, after which the header is JSON as before."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"format")] ^= 1
+    path.write_bytes(data)
+    length = int.from_bytes(data[:8], "little")
+    assert json.loads(data[8 : 8 + length])
+
+
+def in_a_text(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'": ', b'" :', 1))
+    assert json.loads(path.read_text()) == json.loads(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "what"),
+    [
+        ("model.safetensors", in_the_header, "has another header"),
+        ("config.json", in_a_text, "has other bytes"),
+        (INDEX, in_a_text, "has other bytes"),
+        ("tokenizer.json", flip, "has other bytes"),
+    ],
+)
+def test_quick_reads_headers_and_all_small_files(
+    name: str, harm: Callable[[Path], None], what: str, out: Path
+) -> None:
+    harm(out / name)
+    with pytest.raises(CheckpointError) as caught:
+        verify_output(out, quick=True)
+    (problem,) = [problem for problem in caught.value.problems if problem.what == what]
+    assert problem.subject == name
+
+
+def test_a_snapshot_of_the_hubs_cache_is_an_output(out: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in sorted(out.iterdir()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blobs / digest)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / digest)
+    assert verify_output(snapshot).notes == ()
+    flip((snapshot / "model.safetensors").resolve())
+    with pytest.raises(CheckpointError, match="has other bytes"):
+        verify_output(snapshot)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_a_problem_whatever_it_leads_to(
+    name: str, out: Path, tmp_path: Path
+) -> None:
+    (out / name).rename(tmp_path / "elsewhere")
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError) as caught:
+        verify_output(out)
+    assert any((p.subject, p.what) == (name, "is a link out of the folder") for p in caught.value.problems)
+
+
+# --- a child that comes to no answer -------------------------------------------------------------------
+
+UNASKED = "The installed mlx-lm could not be asked whether it loads this model: "
+
+
+def unasked(config: Any = None) -> str:
+    """Ask, and return why there was no answer."""
+    check = ManifestCheck(config or {"model_type": "deepseek_v3"}, {})
+    try:
+        with pytest.raises(MlaToolsError) as caught:
+            check.wait()
+    finally:
+        check.cancel()
+    assert "cannot build this model" not in str(caught.value)
+    assert str(caught.value).startswith(UNASKED)
+    return str(caught.value).removeprefix(UNASKED)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
+        ("import os; os.abort()", "its process was ended by SIGABRT"),
+        ("import os; os._exit(3)", "no reason was given"),
+        ("raise ImportError('no such library')", "ImportError: no such library"),
+        ("", "its answer was cut off"),
+        ("print('rubbish')", "its answer was cut off"),
+        ("print('{\"manifest\": {')", "its answer was cut off"),
+        ("import os; os.write(1, bytes([255, 254]))", "its answer was cut off"),
+        ("print('[]')", "its answer is none"),
+        ("print('5')", "its answer is none"),
+        ("print('{}')", "its answer is none"),
+        ("print('{\"manifest\": 5}')", "its answer is none"),
+        ("print('{\"refused\": null}')", "its answer is none"),
+    ],
+)
+def test_a_child_that_comes_to_no_answer_says_nothing_about_the_model(
+    code: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_CHILD", code)
+    assert unasked().startswith(f"{why}. The model may be right")
+
+
+def test_a_child_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
+    with pytest.raises(MlaToolsError) as caught:
+        ManifestCheck({"model_type": "deepseek_v3"}, {})
+    assert str(caught.value).startswith(f"{UNASKED}its process cannot be started (No such file or directory)")
+
+
+def test_where_there_is_no_mlx_lm_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mlx_lm").mkdir()
+    (tmp_path / "mlx_lm" / "__init__.py").touch()
+    path = [str(tmp_path), *asking.child_path()]
+    monkeypatch.setattr(asking, "child_path", lambda: path)
+    assert unasked().startswith("ModuleNotFoundError: No module named 'mlx_lm.utils'. The model may be right")

@@ -1,4 +1,6 @@
-"""Mutated checkpoints are planned or refused, and the fuzzers of libFuzzer find nothing in a short run."""
+"""Mutated checkpoints are planned or refused, mutated outputs finished or refused, and a short run of each
+fuzzer of libFuzzer finds nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from attacks import outputs
 from attacks.mutations import OPTIONS, SEEDS, check, mutated, seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,9 +36,30 @@ def test_any_mutated_checkpoint_is_planned_or_refused(data: st.DataObject) -> No
     check(mutated(pick), OPTIONS[pick(len(OPTIONS))])
 
 
+@given(st.data())
+@settings(max_examples=300)
+def test_any_mutated_output_is_finished_or_refused_and_nothing_else_is_touched(data: st.DataObject) -> None:
+    outputs.check(lambda count: data.draw(st.integers(0, count - 1)))
+
+
+def test_every_moment_of_an_output_can_be_acted_on() -> None:
+    made = outputs.bench()
+    states = sorted(made.states)
+    assert {"empty", "finished", "other finished"} < set(states)
+    assert len(states) > 60
+    actions = list(outputs.ACTIONS)
+    for number, state in enumerate(states):
+        ours = state.startswith(("new", "finished", "empty")) or made.states[state].get(outputs.CLEARING)
+        for action in ("resume", "overwrite") if ours else ("overwrite",):
+            choices = iter([number, 0, actions.index(action)])
+            assert outputs.check(lambda _, choices=choices: next(choices)) == "done", (state, action)
+
+
 if ATHERIS:
 
-    @pytest.mark.parametrize(("fuzzer", "runs"), [("fuzz_headers.py", 20_000), ("fuzz_plans.py", 600)])
+    @pytest.mark.parametrize(
+        ("fuzzer", "runs"), [("fuzz_headers.py", 20_000), ("fuzz_plans.py", 600), ("fuzz_outputs.py", 2000)]
+    )
     def test_a_short_run_of_a_fuzzer_finds_nothing(fuzzer: str, runs: int, tmp_path: Path) -> None:
         # By a shell, because the largest size of this process would count as that of its children.
         by_shell = ["sh", "-c", '"$@"; exit $?', "sh"]

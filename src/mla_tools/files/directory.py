@@ -87,6 +87,16 @@ class Directory:
             return os.stat(_plain(name), dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # no file has such a name
+                return None
+            raise
+
+    def check(self, name: str) -> None:
+        """Raise MlaToolsError if a name stands for something that this tool would never make."""
+        status = self.status(name)
+        if status is not None:
+            self._refuse_strange(name, status)
 
     def is_path(self) -> bool:
         """Return whether the path still leads to this folder."""
@@ -107,11 +117,7 @@ class Directory:
                 raise self._strange(name, "is no regular file") from error
             raise
         try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise self._strange(name, "is no regular file")
-            if status.st_nlink > 1:
-                raise self._strange(name, "is also a file elsewhere (a hard link)")
+            self._refuse_strange(name, os.fstat(fd))
         except BaseException:
             os.close(fd)
             raise
@@ -152,18 +158,20 @@ class Directory:
 
     def rename(self, old: str, new: str) -> None:
         """Give a file another name; MlaToolsError if something has that name already."""
+        self.check(old)
         if new in self:
             path = self.path / new
             raise MlaToolsError(f"{path} exists already; remove it or choose another place")
         os.rename(_plain(old), _plain(new), src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def remove(self, name: str, known: Identity | None = None) -> bool:
-        """Remove a name, only if it stands for the file that is known; return whether it is gone."""
+        """Remove a file, only if it is the one that is known; return whether it is gone."""
         status = self.status(name)
         if status is None:
             return True
         if known is not None and identity_of(status) != known:
             return False
+        self._refuse_strange(name, status)
         with suppress(FileNotFoundError):
             os.unlink(_plain(name), dir_fd=self._fd)
         return True
@@ -176,6 +184,14 @@ class Directory:
             # Some network file systems cannot sync a folder; the file itself is safe there.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
+
+    def _refuse_strange(self, name: str, status: os.stat_result) -> None:
+        if stat.S_ISLNK(status.st_mode):
+            raise self._strange(name, "is a link")
+        if not stat.S_ISREG(status.st_mode):
+            raise self._strange(name, "is no regular file")
+        if status.st_nlink > 1:
+            raise self._strange(name, "is also a file elsewhere (a hard link)")
 
     def _strange(self, name: str, what: str) -> MlaToolsError:
         return MlaToolsError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,8 @@ class _Found:
             names |= {RECORD, INDEX, CONFIG}
         if self.record is not None:
             names |= {RECORD, *self.record.files}
-        return names | {partial_name(name) for name in names} | self.journals
+        partials = {partial_name(name) for name in names if not _is_partial(name)}
+        return names | partials | self.journals
 
 
 def _is_partial(name: str) -> bool:
@@ -119,7 +120,7 @@ def _check(folder: Directory, found: _Found, *, resume: bool, overwrite: bool) -
                 " --overwrite."
             )
     elif found.journals and found.record is None:
-        names = ", ".join(map(shown, sorted(found.journals)))
+        names = _first(sorted(found.journals))
         raise MlaToolsError(f"{refused} It holds a journal that is damaged or of another version ({names}).")
     elif found.record is not None:
         if not allowed:
@@ -159,7 +160,7 @@ def _damaged(folder: Directory, record: Record) -> list[str]:
     damaged = []
     for name, (nbytes, _) in record.files.items():
         status = folder.status(name)
-        if status is None or status.st_size != nbytes:
+        if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != nbytes:
             damaged.append(name)
     return damaged
 
@@ -240,6 +241,8 @@ def _find_again(
     clear = overwrite or found.clearing
     if clear or not found.begun:
         _refuse_strange(folder, found, ours)
+    for name in sorted(found.names & (ours | _made(plan))):
+        folder.check(name)
     if clear:
         _check_room(plan, folder.path, taken=sum(_allocated(folder, name) for name in found.names))
         _clear(folder, found, ours)
@@ -308,24 +311,28 @@ def _refuse_finished(folder: Directory, found: _Found, provenance: Mapping[str, 
         return
     if changed := _differences(record, provenance):
         raise other_plan(folder, "is the output of another plan, so there is nothing to resume", changed)
-    gone = ", ".join(map(shown, _damaged(folder, record)))
-    raise MlaToolsError(f"{folder.path} is not as it was left, start again with --overwrite: {gone}")
+    gone = _damaged(folder, record)
+    raise MlaToolsError(f"{folder.path} is not as it was left, start again with --overwrite: {_first(gone)}")
 
 
 def _refuse_strange(folder: Directory, found: _Found, ours: set[str]) -> None:
     """Raise MlaToolsError if a folder holds anything that this tool did not make."""
     statuses = {name: folder.status(name) for name in sorted(found.names)}
     strange = [
-        shown(name)
+        name
         for name, status in statuses.items()
         if name not in ours or (status is not None and not stat.S_ISREG(status.st_mode))
     ]
     if strange:
-        more = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
         raise MlaToolsError(
-            f"{folder.path} holds what this tool did not make, so it is left alone:"
-            f" {', '.join(strange[:4])}{more}"
+            f"{folder.path} holds what this tool did not make, so it is left alone: {_first(strange)}"
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(shown, names[:4])) + more
 
 
 def _clear(folder: Directory, found: _Found, ours: set[str]) -> None:
@@ -351,7 +358,7 @@ def _clear(folder: Directory, found: _Found, ours: set[str]) -> None:
         if left := sorted(set(folder.names()) - {CLEARING}):
             raise MlaToolsError(
                 f"{folder.path} was changed while it was being replaced, and this is left in it:"
-                f" {', '.join(map(shown, left[:4]))}. Take away what is yours, and run the same command"
+                f" {_first(left)}. Take away what is yours, and run the same command"
                 " again."
             )
         folder.sync()  # or what is left after a power cut would be nobody's

@@ -24,7 +24,7 @@ from mla_tools.plan import Target
 __all__ = ["CLEARING", "Journal", "State", "done_line", "journals", "lock", "parse_line", "read_journals"]
 
 # The journal of each rank, and the one that is there while --overwrite removes what was there before.
-_NAME = re.compile(r"mla_tools\.journal-(\d{5,9}|clearing)\.jsonl")
+_NAME = re.compile(r"mla_tools\.journal-([0-9]{5,9}|clearing)\.jsonl")
 CLEARING = "mla_tools.journal-clearing.jsonl"
 
 # Together; the journals of an output of terabytes take a few of these.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tools.errors import clipped
-from mla_tools.files.place import Place
+from mla_tools.files.place import Place, shown
 from mla_tools.files.safetensors import parse_object
 from mla_tools.plan import Plan
 
@@ -105,7 +105,11 @@ class Record:
         value, _ = parse_object(data)
         if value.get("format") != FORMAT:
             raise ValueError(f"is of format {clipped(value.get('format'))}, and this version reads {FORMAT}")
-        if record_of(value) != data:
+        try:
+            sound = record_of(value) == data
+        except (ValueError, RecursionError):  # numbers and depths that no record has
+            sound = False
+        if not sound:
             raise ValueError("is damaged: it is not what its own sha256 says")
         listed = value.get("files")
         if not isinstance(listed, dict) or not isinstance(value.get("output"), dict):
@@ -113,14 +117,14 @@ class Record:
         files = {}
         for name, entry in listed.items():
             nbytes, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (0, 0)
-            plain = name not in ("", ".", "..") and not set("/\\\0") & set(name)
-            if not plain or type(nbytes) is not int or type(sha256) is not str:
+            if not _is_plain(name) or type(nbytes) is not int or type(sha256) is not str:
                 raise ValueError(
                     f"is not a record of an output: its entry {clipped(name)} is not one of a file"
                 )
             files[name] = (nbytes, sha256)
-        if missing := sorted({CONFIG, INDEX} - files.keys()):
-            raise ValueError(f"is not a record of an output: it does not name {', '.join(missing)}")
+        if missing := sorted({CONFIG, INDEX, *_made_of(value["output"])} - files.keys()):
+            named = ", ".join(map(shown, missing[:4])) + (", ..." if len(missing) > 4 else "")
+            raise ValueError(f"is not a record of an output: its files lack {named}")
         return cls(value, files)
 
     def header_digest(self, name: str) -> str | None:
@@ -128,6 +132,23 @@ class Record:
         headers = self.value["output"].get("files")
         found = headers.get(name) if isinstance(headers, dict) else None
         return found if isinstance(found, str) else None
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a text can be the name of a file in a folder, on any system."""
+    try:
+        name.encode(errors="surrogateescape")  # as names that are no UTF-8 are read
+    except UnicodeEncodeError:
+        return False
+    return name not in ("", ".", "..") and not set("/\\\0") & set(name)
+
+
+def _made_of(output: Mapping[str, Any]) -> set[str]:
+    """Return the names of the files that a provenance says are in an output."""
+    listed = [output.get(key) for key in ("files", "copied", "added")]
+    return {
+        name for names in listed if isinstance(names, (dict, list)) for name in names if type(name) is str
+    }
 
 
 def record_of(value: Mapping[str, Any]) -> bytes:
@@ -153,7 +174,7 @@ def differences(old: object, new: Mapping[str, Any], place: str = "") -> list[st
     lines = []
     before = old if isinstance(old, Mapping) else {}
     for key in [*new, *(key for key in before if key not in new)]:
-        was, where = before.get(key), f"{place}{key}"
+        was, where = before.get(key), f"{place}{shown(key)}"
         if key not in new:
             lines.append(f"{where}: is gone")
         elif isinstance(new[key], Mapping) and isinstance(was, Mapping):

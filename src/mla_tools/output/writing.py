@@ -119,8 +119,8 @@ class Output:
 
     def _save(self, numbers: Collection[int]) -> None:
         numbers = [number for number in numbers if self._home(self._targets[number]) not in self._sealed]
-        homes = {self._home(self._targets[number]) for number in numbers}
-        writers = [self._writer(name) for name in homes if name is not None]
+        homes = {str(self._home(self._targets[number])) for number in numbers}
+        writers = [self._writer(name) for name in sorted(homes)]
         for writer in writers:
             writer.sync()
         self._journal.append(done_line((number, self._ranges(number)) for number in sorted(numbers)))

@@ -100,8 +100,8 @@ class ManifestCheck:
         if self._agreed:
             return
         found = self._answer(self._child.wait())
-        if "manifest" not in found:
-            raise MlaToolsError(f"The installed mlx-lm cannot build this model: {found.get('refused')}")
+        if "refused" in found:
+            raise MlaToolsError(f"The installed mlx-lm cannot build this model: {found['refused']}")
         problems = compare(self._stored, found["manifest"])
         if problems:
             raise CheckpointError(problems)
@@ -121,7 +121,10 @@ class ManifestCheck:
             found = json.load(self._out)
         except ValueError as error:
             raise _unasked("its answer was cut off") from error
-        return dict(found)
+        match found:
+            case {"manifest": {}} | {"refused": str()}:
+                return dict(found)
+        raise _unasked("its answer is none")
 
     def cancel(self) -> None:
         """End the child if it still runs."""
