@@ -180,11 +180,22 @@ def bench() -> Bench:
     )
 
 
+class _Numbered(Future[Any]):
+    """A future that lies in a set where its number puts it, and not where its address does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class _AtOnce:
     """An executor that does what it is given before it returns, so that each moment is the same each time."""
 
     def __init__(self, threads: int) -> None:
-        pass
+        self._count = 0
 
     def __enter__(self) -> _AtOnce:
         return self
@@ -193,7 +204,8 @@ class _AtOnce:
         pass
 
     def submit(self, work: Callable[..., Any], *given: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+        self._count += 1
+        future = _Numbered(self._count)
         try:
             future.set_result(work(*given))
         except Exception as error:
@@ -255,8 +267,9 @@ def check(pick: Pick) -> str:
         try:
             return _act(case, action)
         except BaseException as error:
-            error.add_note(" -> ".join(ascii(step)[1:-1] for step in case.done))
-            raise
+            # libFuzzer shows no notes.
+            steps = " -> ".join(ascii(step)[1:-1] for step in case.done)
+            raise AssertionError(f"{steps}: {error!r}") from error
 
 
 def _outside(case: Case) -> None:
@@ -301,7 +314,10 @@ def _act(case: Case, action: str) -> str:
         text.encode()
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
     after = _seen(case.folder)
-    assert _seen(case.outside, identity=True) == others, "a file outside of the folder was changed"
+    now = _seen(case.outside, identity=True)
+    changed = {name: (others.get(name), now.get(name)) for name in others.keys() | now.keys()
+               if others.get(name) != now.get(name)}  # fmt: skip
+    assert not changed, f"a file outside of the folder was changed: {changed}"
     assert _seen(made.root / "source", identity=True) == made.source, "the source was changed"
     lost = {name for name, seen in kept.items() if after.get(name) != seen}
     assert not lost, f"lost or changed: {lost}"

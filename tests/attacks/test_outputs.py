@@ -271,6 +271,18 @@ def test_a_record_that_names_what_no_file_is_called_is_a_sentence(action: str, n
         ACTIONS[action](out)
     str(caught.value).encode()
     assert len(str(caught.value)) < 2000
+    assert "is not as it was left" in str(caught.value) or action != "resume" or name == "\ud800"
+
+
+def test_a_record_with_strange_keys_is_told_in_text_that_can_be_printed(out: Path) -> None:
+    fill(out, "finished")
+    more = {"\ud800\x1b[31m": 1, "x" * 70_000: {}, "": None}
+    (out / RECORD).write_bytes(forged(lambda value: value["options"].update(more)))
+    with pytest.raises(MlaToolsError, match="is the output of another plan") as caught:
+        execute(bench().plan, out, resume=True)
+    str(caught.value).encode()
+    assert "options.'\\ud800\\x1b[31m': is gone" in str(caught.value)
+    assert len(str(caught.value)) < 2000
 
 
 def test_a_record_that_is_nested_deeply_is_no_record(out: Path) -> None:
