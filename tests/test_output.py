@@ -363,7 +363,10 @@ def test_a_complete_folder_has_nothing_left_to_do(
     before = {path: path.stat() for path in [out, *out.iterdir()]}
     assert not execute(plan, out, resume=True)
     assert main(["convert", str(source), "--mlx-path", str(out), "--resume"]) == 0
-    assert capsys.readouterr().out == f"{out} is complete already\n"
+    assert (
+        capsys.readouterr().out
+        == f"{out} is complete already; mla-sanitize verify {out} compares its bytes\n"
+    )
     assert {path: path.stat() for path in before}.keys() == before.keys()
     assert all(path.stat().st_mtime_ns == status.st_mtime_ns for path, status in before.items())
 
@@ -446,8 +449,8 @@ def test_overwrite_leaves_a_folder_alone_in_which_there_is_anything_else(
     before = {path: path.is_dir() or path.read_bytes() for path in out.iterdir()}
     with pytest.raises(MlaToolsError) as caught:
         execute(plan, out, overwrite=True)
-    said = f"holds what this tool did not make, so it is left alone: {path.name}"
-    assert str(caught.value) == f"{out} {said}"
+    said = f"holds what this tool did not make, so it is left alone: {path.name}. Move that away"
+    assert str(caught.value).startswith(f"{out} {said}")
     assert {path: path.is_dir() or path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -467,7 +470,7 @@ def test_a_model_that_this_tool_did_not_make_is_left_alone(
     if record is not None:
         (out / RECORD).write_text(record)
     before = digests(out)
-    with pytest.raises(MlaToolsError, match=r"as it already exists\. Please delete the file/directory"):
+    with pytest.raises(MlaToolsError, match=r"as it already exists\. It is no output of this tool"):
         execute(plan, out, **flags)
     assert digests(out) == before
 
@@ -804,7 +807,7 @@ def test_the_record_tells_what_was_made_from_what(source: Path, tmp_path: Path) 
         data = path.read_bytes()
         header = data[8 : 8 + int.from_bytes(data[:8], "little")]
         digest = hashlib.sha256(header).hexdigest()
-        shards[path.name] = {"bytes": len(data), "header_sha256": digest, "tag": ""}
+        shards[path.name] = {"bytes": len(data), "header_sha256": digest, "hub_hash": ""}
     assert record["source"]["files"] == shards
     dropped = {name: reason for reason, names in record["dropped"].items() for name in names}
     assert dropped == {name: drop.reason for drop in made.drops for name in drop.source.parts.values()}

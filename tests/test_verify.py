@@ -243,10 +243,10 @@ def link(path: Path) -> None:
 
 
 DAMAGES = {
-    "a flipped bit": (flip, "has other bytes"),
+    "a flipped bit": (flip, "is not what was written"),
     "cut short": (cut, "has another size"),
-    "gone": (Path.unlink, "is not there"),
-    "a link to nowhere": (link, "is not there"),
+    "gone": (Path.unlink, "is missing"),
+    "a link to nowhere": (link, "is missing"),
 }
 
 
@@ -421,9 +421,9 @@ def in_a_text(path: Path) -> None:
     ("name", "harm", "what"),
     [
         ("model.safetensors", in_the_header, "has another header"),
-        ("config.json", in_a_text, "has other bytes"),
-        (INDEX, in_a_text, "has other bytes"),
-        ("tokenizer.json", flip, "has other bytes"),
+        ("config.json", in_a_text, "is not what was written"),
+        (INDEX, in_a_text, "is not what was written"),
+        ("tokenizer.json", flip, "is not what was written"),
     ],
 )
 def test_quick_reads_headers_and_all_small_files(
@@ -446,7 +446,7 @@ def test_a_snapshot_of_the_hubs_cache_is_an_output(out: Path, tmp_path: Path) ->
         (snapshot / path.name).symlink_to(Path("../../blobs") / digest)
     assert verify_output(snapshot).notes == ()
     flip((snapshot / "model.safetensors").resolve())
-    with pytest.raises(CheckpointError, match="has other bytes"):
+    with pytest.raises(CheckpointError, match="is not what was written"):
         verify_output(snapshot)
 
 

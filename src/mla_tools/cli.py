@@ -59,7 +59,7 @@ Turn downloaded checkpoints of MLA models into ones that run on MLX.
 """
 
 _EPILOG = """\
-exit codes: 0 done, 1 the checkpoint or the result is wrong, 2 wrong usage, 130 interrupted,
+exit codes: 0 done, 1 it cannot be done or something is wrong, 2 wrong usage, 130 interrupted,
             141 nobody reads the output any more (as after "| head")
 """
 
@@ -115,6 +115,8 @@ def _convert(args: argparse.Namespace) -> int:
     if not args.mlx_path:
         raise UsageError("--mlx-path: give the folder to write")
     out = Path(args.mlx_path)
+    if _same(Path(_source(args)), out):
+        raise MlaToolsError(f"{out} is the source itself; choose another folder for the output")
     group = launched()
     if group.rank == 0:
         check_output(out, resume=args.resume, overwrite=args.overwrite)
@@ -130,7 +132,7 @@ def _convert(args: argparse.Namespace) -> int:
     done = []
     try:
         for each, folder in work:
-            with _resumable(folder), _bar(each, group.rank) as progress:
+            with _resumable(folder, args.overwrite), _bar(each, group.rank) as progress:
                 anything = execute(
                     each,
                     folder,
@@ -143,7 +145,7 @@ def _convert(args: argparse.Namespace) -> int:
                     progress=_looking(check, progress),
                     agrees=check.wait if check and each is plan else lambda: None,
                 )
-            done.append(report.summary_text(each, folder) if anything else f"{folder} is complete already")
+            done.append(report.summary_text(each, folder) if anything else _complete(folder))
     finally:
         if check:
             check.cancel()
@@ -171,14 +173,18 @@ def _looking(check: ManifestCheck | None, progress: Callable[[int], None]) -> Ca
 
 
 @contextmanager
-def _resumable(out: Path) -> Iterator[None]:
+def _resumable(out: Path, overwrite: bool) -> Iterator[None]:
     """Say how to resume after an interruption."""
     try:
         yield
     except KeyboardInterrupt:
         if is_unfinished(out):
-            raise KeyboardInterrupt(f"interrupted; {how_to_resume(out)}") from None
+            raise KeyboardInterrupt(f"interrupted; {how_to_resume(out, overwrite=overwrite)}") from None
         raise
+
+
+def _complete(folder: Path) -> str:
+    return f"{folder} is complete already; mla-sanitize verify {folder} compares its bytes"
 
 
 def _workload(args: argparse.Namespace, plan: Plan) -> Workload:
@@ -226,9 +232,9 @@ def _verify(args: argparse.Namespace) -> int:
         told = {"output": str(folder), "files": found.files, "bytes": found.nbytes, "quick": args.quick}
         show_json({**told, "notes": list(found.notes)})
     else:
-        compared = "sizes and headers" if args.quick else "sizes, headers and sha256"
+        compared = "all but the data of the weight files" if args.quick else "all bytes"
         size = report.human_bytes(found.nbytes)
-        lines = [f"{folder}: complete, {found.files} files, {size}; {compared} are as written"]
+        lines = [f"{folder}: complete, {found.files} files, {size}; {compared} are as they were written"]
         show("\n".join([*lines, *(f"  {note}" for note in found.notes)]))
     return 0
 
@@ -270,6 +276,14 @@ def _source(args: argparse.Namespace) -> str:
     if len(given) != 1:
         raise UsageError("Name one checkpoint: as SRC, or with --hf-path.")
     return str(given[0])
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Return whether two paths lead to one folder or file that is there."""
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:
@@ -381,7 +395,11 @@ def parser() -> argparse.ArgumentParser:
     _add_conversion(convert)
     there = convert.add_mutually_exclusive_group()
     there.add_argument("--resume", action="store_true", help="finish an unfinished OUT of the same plan")
-    there.add_argument("--overwrite", action="store_true", help="replace OUT, if this tool made it")
+    there.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT, if this tool made it; what is there goes when writing begins",
+    )
     convert.add_argument(
         "--check-source",
         action="store_true",
@@ -421,7 +439,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     verify.add_argument("folder", metavar="OUT", help="the folder that convert wrote")
-    verify.add_argument("--quick", action="store_true", help="leave the sha256 out")
+    verify.add_argument("--quick", action="store_true", help="do not read the data of the weight files")
     _add_json(verify)
     verify.set_defaults(run=_verify)
 

@@ -12,6 +12,7 @@ __all__ = [
     "ChangedError",
     "CheckpointError",
     "DamagedError",
+    "DataError",
     "MlaToolsError",
     "Problem",
     "UsageError",
@@ -56,6 +57,12 @@ class UsageError(MlaToolsError):
     """The options contradict each other or name something that does not exist."""
 
     exit_code = 2
+
+
+class DataError(MlaToolsError):
+    """The numbers of a tensor cannot be converted, or not with these options."""
+
+    resumable = False
 
 
 class DamagedError(MlaToolsError):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from mla_tools.codecs import MlxQuantized, repacking
 from mla_tools.distributed import Alone, Group, together
-from mla_tools.errors import MlaToolsError, UsageError
+from mla_tools.errors import DataError, MlaToolsError, UsageError
 from mla_tools.files.checkpoint import check_content, check_unchanged
 from mla_tools.files.place import Bytes
 from mla_tools.files.reader import Reader
 from mla_tools.ops import Block, Slab
-from mla_tools.output import Journal, Output, begin, begun, how_to_resume, publish
+from mla_tools.output import Journal, Output, begin, begun, how_to_resume, how_to_start_again, publish
 from mla_tools.overflow import floats_of, holds_infinity, is_narrower, refuse_far_apart, refuse_infinite
 from mla_tools.plan import Plan, Source, Step, Target, Workload
 from mla_tools.spec import DType
@@ -163,7 +163,7 @@ def _named(source: Source) -> Iterator[None]:
     try:
         yield
     except MlaToolsError as error:
-        raise MlaToolsError(f"{source.label}: {error}") from error
+        raise DataError(f"{source.label}: {error}") from error
 
 
 def execute(
@@ -213,17 +213,19 @@ def execute(
         try:
             together(group, work)
             if group.rank == 0:
-                publish(plan, opened, first["provenance"])
+                publish(plan, opened, first["provenance"], checked=check_source)
         except OSError as error:
             fault = MlaToolsError(f"{folder} cannot be written: {error.strerror}")
-            fault.add_note(how_to_resume(folder))
+            fault.add_note(how_to_resume(folder, overwrite=overwrite))
             raise fault from error
         except MlaToolsError as error:
             if error.resumable:
-                error.add_note(how_to_resume(folder))
+                error.add_note(how_to_resume(folder, overwrite=overwrite))
+            elif isinstance(error, DataError):
+                error.add_note(how_to_start_again(folder))
             raise
         except Exception as error:  # nobody foresaw it, and what is done is kept all the same
-            error.add_note(how_to_resume(folder))
+            error.add_note(how_to_resume(folder, overwrite=overwrite))
             raise
     return True
 

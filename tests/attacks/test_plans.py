@@ -158,7 +158,10 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         again = capsys.readouterr()
         assert again.err == said.err
         told = json.loads(again.out)
-        advice = f"{out} is unfinished: run the same command with --resume to finish it\n" if begun else ""
+        again_only = (
+            f"{out} is unfinished, and --resume would end in the same way: start again with --overwrite\n"
+        )
+        advice = again_only if begun else ""
         assert said.err == f"error: {told['error']}\n{advice}"
         assert "Traceback" not in said.err
         if begun:

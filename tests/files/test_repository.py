@@ -172,9 +172,9 @@ def assert_same_but_for_the_source(found: Path, wanted: Path) -> None:
     assert place[0] == f"hf://{NAME}"
     assert len(place[1]) == 40
     del told["source"]["name"], told["source"]["revision"]
-    tags = [file.pop("tag") for file in record["source"]["files"].values()]
+    tags = [file.pop("hub_hash") for file in record["source"]["files"].values()]
     assert all(tags)
-    assert not any(file.pop("tag") for file in told["source"]["files"].values())
+    assert not any(file.pop("hub_hash") for file in told["source"]["files"].values())
     assert record == told
 
 

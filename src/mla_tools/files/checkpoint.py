@@ -216,6 +216,8 @@ def _read_json(
         cause = "Give the folder that holds config.json and the weights."
         if "snapshots" in names and place.kind("snapshots") == "folder":
             cause = "This is a hub cache: give one of the folders in its folder snapshots."
+        elif any(fnmatchcase(name, "mla_tools.journal-*") for name in names):
+            cause = "This is an output of mla-sanitize that is not finished: convert --resume finishes it."
         raise CheckpointError([Problem(str(place), f"there is no {name} in it", cause=cause)])
     data = read_whole(place.file(name), limit)
     try:
@@ -511,16 +513,21 @@ def _companions(
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
-    """Raise ChangedError that names every file which is not what it was when the plan was made."""
+    """Raise CheckpointError that names every file which is not what it was when the plan was made.
+
+    It is a ChangedError unless nothing is wrong but that files cannot be opened now.
+    """
     problems: list[Problem] = []
+    changed = False
     files = [shard.file for shard in checkpoint.shards]
     for file in [*files, *(companion.file for companion in checkpoint.companions)]:
         try:
             file.open().close()
         except CheckpointError as error:
             problems += error.problems
+            changed = changed or isinstance(error, ChangedError)
     if problems:
-        raise ChangedError(problems)
+        raise ChangedError(problems) if changed else CheckpointError(problems)
 
 
 def check_content(
@@ -537,7 +544,7 @@ def check_content(
         raise MlaToolsError(
             f"--check-source: the hash that the hub gives is not known for {_some(unknown)}. It is known for"
             " a repository that is read in place, in the hub's cache, and in a folder of `hf download"
-            " --local-dir`, whose .cache has it."
+            " --local-dir`, whose .cache has it. Without --check-source the conversion works as well."
         )
 
     def check(shard: Shard) -> Problem | None:

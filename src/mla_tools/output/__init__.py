@@ -8,7 +8,14 @@ nothing but the plan, the result is the same.
 A complete folder holds mla_tools.json: what made it from what, and the sha256 of each of its files.
 """
 
-from mla_tools.output.folder import begin, check_output, how_to_resume, is_complete, is_unfinished
+from mla_tools.output.folder import (
+    begin,
+    check_output,
+    how_to_resume,
+    how_to_start_again,
+    is_complete,
+    is_unfinished,
+)
 from mla_tools.output.journal import Journal, journals
 from mla_tools.output.publishing import publish
 from mla_tools.output.record import INDEX, RECORD, Record, begun, provenance
@@ -24,6 +31,7 @@ __all__ = [
     "begun",
     "check_output",
     "how_to_resume",
+    "how_to_start_again",
     "is_complete",
     "is_unfinished",
     "journals",

@@ -33,6 +33,7 @@ __all__ = [
     "check_kept",
     "check_output",
     "how_to_resume",
+    "how_to_start_again",
     "is_complete",
     "is_unfinished",
 ]
@@ -125,10 +126,11 @@ def _check(folder: Directory, found: _Found, *, resume: bool, overwrite: bool) -
     elif found.record is not None:
         if not allowed:
             raise MlaToolsError(
-                f"{refused} Please delete it, specify a new path to save to, or replace it with --overwrite."
+                f"{refused} It is an output of this tool: choose another path to save to, or replace it with"
+                " --overwrite."
             )
     elif not (allowed and not found.names):  # a run that was ended at once leaves an empty folder
-        raise MlaToolsError(f"{refused} Please delete the file/directory or specify a new path to save to.")
+        raise MlaToolsError(f"{refused} It is no output of this tool: choose another path to save to.")
 
 
 def is_unfinished(path: Path) -> bool:
@@ -138,9 +140,15 @@ def is_unfinished(path: Path) -> bool:
     return False
 
 
-def how_to_resume(path: Path) -> str:
-    """Return a sentence for somebody whose output is unfinished."""
-    return f"{path} is unfinished: run the same command with --resume to finish it"
+def how_to_resume(path: Path, *, overwrite: bool = False) -> str:
+    """Return a sentence for somebody whose output is unfinished; `overwrite`: it was begun with that."""
+    instead = " instead of --overwrite" if overwrite else ""
+    return f"{path} is unfinished: run the same command with --resume{instead} to finish it"
+
+
+def how_to_start_again(path: Path) -> str:
+    """Return a sentence for somebody whose output is unfinished, and would remain so."""
+    return f"{path} is unfinished, and --resume would end in the same way: start again with --overwrite"
 
 
 def is_complete(folder: Directory, provenance: Mapping[str, Any]) -> bool:
@@ -325,7 +333,8 @@ def _refuse_strange(folder: Directory, found: _Found, ours: set[str]) -> None:
     ]
     if strange:
         raise MlaToolsError(
-            f"{folder.path} holds what this tool did not make, so it is left alone: {_first(strange)}"
+            f"{folder.path} holds what this tool did not make, so it is left alone: {_first(strange)}."
+            " Move that away, or choose another path to save to."
         )
 
 

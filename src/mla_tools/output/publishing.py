@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mla_tools.errors import MlaToolsError
+from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.checkpoint import Companion
 from mla_tools.files.directory import Directory, partial_name, sync
 from mla_tools.files.writer import sha256_of
@@ -21,10 +21,13 @@ __all__ = ["publish"]
 _COPIED_AT_ONCE = 8 << 20
 
 
-def publish(plan: Plan, folder: Directory, provenance: Mapping[str, Any]) -> None:
-    """Make an output complete whose weight files are sealed, or finish what an earlier run began of it."""
+def publish(plan: Plan, folder: Directory, provenance: Mapping[str, Any], *, checked: bool = False) -> None:
+    """Make an output complete whose weight files are sealed, or finish what an earlier run began of it.
+
+    `checked`: the content of the source was compared with the hashes of the hub.
+    """
     if not folder.is_path():
-        raise MlaToolsError(
+        raise DamagedError(
             f"{folder.path} was moved or replaced while it was written; put it back, and finish it with"
             " --resume"
         )
@@ -38,7 +41,7 @@ def publish(plan: Plan, folder: Directory, provenance: Mapping[str, Any]) -> Non
     small = {name: text.encode() for name, text in plan.added.items()}
     small |= {CONFIG: pretty(plan.config), INDEX: pretty(_index(plan))}
     digests |= {name: (len(data), sha256_hex(data)) for name, data in small.items()}
-    small[RECORD] = record_of({**provenance, **made(plan, digests)})
+    small[RECORD] = record_of({**provenance, **made(plan, digests, checked)})
     for name, data in small.items():
         _write(folder, name, data)
     for name in (*sorted(digests.keys() - {CONFIG, INDEX}), RECORD, CONFIG):

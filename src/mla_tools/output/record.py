@@ -63,7 +63,7 @@ def provenance(plan: Plan, device: str) -> dict[str, Any]:
             "revision": revision,
             "config_sha256": sha256_hex(compact(plan.checkpoint.config)),
             "files": {
-                shard.name: {"bytes": shard.size, "header_sha256": shard.digest, "tag": shard.tag}
+                shard.name: {"bytes": shard.size, "header_sha256": shard.digest, "hub_hash": shard.tag}
                 for shard in plan.checkpoint.shards
             },
         },
@@ -157,14 +157,15 @@ def record_of(value: Mapping[str, Any]) -> bytes:
     return pretty({**rest, _DIGEST: sha256_hex(pretty(rest))})
 
 
-def made(plan: Plan, files: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
-    """Return what was left out and why, and each file with its size and its sha256."""
+def made(plan: Plan, files: Mapping[str, tuple[int, str]], checked: bool) -> dict[str, Any]:
+    """Return what was left out and why, whether the source was checked, and each file with its sha256."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for drop in plan.drops:
         reasons[drop.reason] += drop.source.parts.values()
     return {
         "dropped": {reason: sorted(names) for reason, names in sorted(reasons.items())},
         "notes": list(plan.notes),
+        "source_checked": checked,
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +23,8 @@ _READ_AT_ONCE = 8 << 20
 _WEIGHTS = ".safetensors"
 
 # What people and systems put beside a model, and no reader of models opens.
-_BESIDE = (".*", "README*", "LICENSE*", "NOTICE*", "*.md", "*.png", "*.jpg", "*.svg")
+_BESIDE = (".*", "*.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "README", "LICENSE*", "NOTICE*")
+_CODE = ("*.py", "*.so", "*.json", "*.jinja", f"*{_WEIGHTS}")
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,19 @@ def verify_output(
         if problem is not None:
             problems.append(problem)
         progress(nbytes)
-    try:
-        problems += open_checkpoint(folder).problems
-    except CheckpointError as error:
-        problems += error.problems
+    if not problems:  # what else is wrong follows from that
+        try:
+            problems += open_checkpoint(folder).problems
+        except CheckpointError as error:
+            problems += error.problems
     strays, notes = _beside(path, record)
     if problems or strays:
-        # What the record says and the folder contradicts comes first.
-        raise CheckpointError([*dict.fromkeys(problems), *strays])
+        found = CheckpointError([*problems, *strays])
+        if not problems:
+            found.add_note(f"All {len(record.files)} files of the conversion are as they were written.")
+        for note in notes:
+            found.add_note(note)
+        raise found
     return Verified(len(record.files), total, notes)
 
 
@@ -81,12 +87,16 @@ def _record(folder: Folder) -> Record:
             " had"
         )
     if RECORD not in folder.names():
-        raise MlaToolsError(f"{folder} holds no {RECORD}, so there is nothing to compare it with")
+        raise MlaToolsError(
+            f"{folder} holds no {RECORD}, so there is nothing to compare it with: it is no output of this"
+            " tool, or not a whole one. mla-sanitize inspect looks at any checkpoint."
+        )
     try:
         return Record.parse(read_whole(folder.file(RECORD), MAX_RECORD))
     except ValueError as error:
         raise MlaToolsError(
-            f"{RECORD} in {folder} {error}, so there is nothing to compare it with"
+            f"{RECORD} in {folder} {error}, so there is nothing to compare it with. Convert again, to another"
+            " folder."
         ) from error
 
 
@@ -96,20 +106,33 @@ def _beside(path: Path, record: Record) -> tuple[list[Problem], tuple[str, ...]]
     for item in sorted(path.iterdir()):
         if item.name in record.files or item.name == RECORD:
             continue
-        if any(fnmatchcase(item.name, pattern) for pattern in _BESIDE):
+        if _matches(item.name, _BESIDE) and not _matches(item.name, _CODE):
             notes.append(f"{shown(item.name)} was not written by the conversion")
         else:
             loads = fnmatchcase(item.name, f"model*{_WEIGHTS}")  # whatever the index says
             what = "was not written by the conversion" + (", and mlx-lm would load it" if loads else "")
-            problems.append(Problem(shown(item.name), what, cause="Remove it, if it is not yours to keep."))
+            problems.append(
+                Problem(
+                    shown(item.name),
+                    what,
+                    cause="A reader of models may open it: remove it, or keep it elsewhere.",
+                )
+            )
     return problems, tuple(notes)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _file_problem(
     folder: Folder, record: Record, name: str, nbytes: int, sha256: str, quick: bool
 ) -> Problem | None:
     """Return in what a file is not what it was, or None."""
-    if folder.kind(name) == "link":
+    kind = folder.kind(name)
+    if kind == "gone" or name not in folder.names():
+        return Problem(shown(name), "is missing", cause=AGAIN)
+    if kind == "link":
         return Problem(shown(name), "is a link out of the folder", cause=AGAIN)
     try:
         opened = folder.file(name).open()
@@ -125,7 +148,7 @@ def _file_problem(
         if quick and header is not None:
             return None
         if (found := _digest(opened, nbytes)) != sha256:
-            return Problem(shown(name), "has other bytes", f"sha256 {sha256}", found, AGAIN)
+            return Problem(shown(name), "is not what was written", f"sha256 {sha256}", found, AGAIN)
     except CheckpointError as error:
         return error.problems[0]
     finally:
