@@ -35,7 +35,7 @@ from tiny import (
 
 from mla_tools import plan as planning
 from mla_tools.cli import main
-from mla_tools.errors import MlaToolsError
+from mla_tools.errors import DamagedError, DataError, MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.directory import Directory
 from mla_tools.output import INDEX, RECORD, is_complete, provenance
@@ -844,3 +844,101 @@ def test_a_folder_of_the_hubs_cache_is_named_as_the_repository_and_its_commit(
     shutil.copytree(source, place)
     told = provenance(planned(place), "cpu")["source"]
     assert (told["name"], told["revision"]) == ("hf://org/name", "abc123")
+
+
+# --- what is said at the end -----------------------------------------------------------------------------
+
+
+def test_the_source_is_named_as_what_it_is_before_anything_else(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(source)
+    before = digests(source)
+    for out in (source, tmp_path / "link", source / ".." / source.name):
+        for flags in ([], ["--overwrite"], ["--resume"]):
+            assert main(["convert", str(source), "--mlx-path", str(out), *flags]) == 1
+            said = capsys.readouterr().err
+            assert said == f"error: {out} is the source itself; choose another folder for the output\n"
+    assert digests(source) == before
+
+
+def test_an_output_that_would_fail_again_is_not_advised_to_be_resumed(plan: Plan, tmp_path: Path) -> None:
+    def fail(number: type[MlaToolsError]) -> Callable[[], None]:
+        def failing() -> None:
+            raise number("what it is")
+
+        return failing
+
+    notes = {
+        MlaToolsError: "run the same command with --resume to finish it",
+        DataError: "--resume would end in the same way: start again with --overwrite",
+        DamagedError: "",
+    }
+    for kind, note in notes.items():
+        out = tmp_path / kind.__name__
+        with pytest.raises(kind) as caught:
+            execute(plan, out, agrees=fail(kind))
+        said = "".join(getattr(caught.value, "__notes__", ()))
+        assert said.endswith(note)
+        assert bool(said) == bool(note)
+    with pytest.raises(MlaToolsError) as caught:
+        execute(plan, out, overwrite=True, agrees=fail(MlaToolsError))
+    assert caught.value.__notes__ == [
+        f"{out} is unfinished: run the same command with --resume instead of --overwrite to finish it"
+    ]
+
+
+def test_an_unfinished_output_says_what_it_is_when_it_is_taken_for_a_checkpoint(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    begun(plan, out)
+    assert main(["inspect", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "This is an output of mla-sanitize that is not finished: convert --resume finishes it." in said
+
+
+def test_an_output_that_moves_while_it_is_written_is_not_completed(
+    plan: Plan, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+
+    def move() -> None:
+        out.rename(away)
+        out.mkdir()
+
+    with pytest.raises(MlaToolsError, match="was moved or replaced while it was written; put it back"):
+        execute(plan, out, agrees=move)
+    assert list(out.iterdir()) == []
+    assert not [path for path in away.iterdir() if path.suffix in (".safetensors", ".json")]
+    out.rmdir()
+    away.rename(out)
+    assert execute(plan, out, resume=True)
+    assert digests(out) == wanted
+
+
+def test_a_name_that_the_disk_cannot_hold_is_refused_at_first(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_folder, "longest_name", lambda path: 30)
+    with pytest.raises(MlaToolsError, match=r"takes names of up to 30 bytes.*; too long: model-00001"):
+        execute(plan, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_the_record_says_whether_the_source_was_checked(checked: bool, source: Path, tmp_path: Path) -> None:
+    copy, out = tmp_path / source.name, tmp_path / "out"
+    shutil.copytree(source, copy)
+    notes = copy / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    hashes = {
+        path.name: digest for path in copy.glob("*.safetensors") for digest in [digests(copy)[path.name]]
+    }
+    for name, digest in hashes.items():
+        (notes / f"{name}.metadata").write_text(f"{'c' * 40}\n{digest}\n1.0\n")
+    execute(planned(copy), out, check_source=checked)
+    record = json.loads((out / RECORD).read_text())
+    assert record["source_checked"] is checked
+    assert {name: file["hub_hash"] for name, file in record["source"]["files"].items()} == hashes
+    assert len(hashes) == 2

@@ -517,3 +517,29 @@ def test_where_there_is_no_mlx_lm_it_is_told(monkeypatch: pytest.MonkeyPatch, tm
     path = [str(tmp_path), *asking.child_path()]
     monkeypatch.setattr(asking, "child_path", lambda: path)
     assert unasked().startswith("ModuleNotFoundError: No module named 'mlx_lm.utils'. The model may be right")
+
+
+def test_what_was_found_whole_is_said_beside_what_was_not(out: Path) -> None:
+    (out / "stray.py").write_text("")
+    (out / "README.md").write_text("")
+    with pytest.raises(CheckpointError) as caught:
+        verify_output(out)
+    assert [problem.subject for problem in caught.value.problems] == ["stray.py"]
+    assert caught.value.__notes__ == [
+        "All 6 files of the conversion are as they were written.",
+        "README.md was not written by the conversion",
+    ]
+    flip(out / "config.json")
+    with pytest.raises(CheckpointError) as caught:
+        verify_output(out)
+    assert [problem.subject for problem in caught.value.problems] == ["config.json", "stray.py"]
+    assert caught.value.__notes__ == ["README.md was not written by the conversion"]
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE.py", "README.json", "NOTICE.safetensors", "._x.py", "LICENSE.jinja"]
+)
+def test_a_name_of_a_document_does_not_hide_what_a_reader_opens(name: str, out: Path) -> None:
+    (out / name).write_text("")
+    with pytest.raises(CheckpointError, match=f"{name}: was not written by the conversion"):
+        verify_output(out)
