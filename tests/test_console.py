@@ -143,8 +143,25 @@ sys.meta_path.insert(0, Finder())
 from mla_tools import __main__
 sys.exit(__main__.main())
 """
-    done = subprocess.run([sys.executable, "-c", code, "plan", "x"], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "plan", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; nothing was written\n")
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+    assert json.loads(done.stdout) == {"error": "interrupted; nothing was written", "problems": []}
+
+
+def test_a_signal_after_the_end_changes_nothing(source: Path) -> None:
+    code = """
+import atexit, os, signal, sys
+from mla_tools import __main__
+code = __main__.main()
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", code, "plan", str(source)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_signal_that_is_ignored_stays_so(source: Path) -> None:

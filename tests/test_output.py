@@ -858,7 +858,7 @@ def test_the_source_is_named_as_what_it_is_before_anything_else(
         for flags in ([], ["--overwrite"], ["--resume"]):
             assert main(["convert", str(source), "--mlx-path", str(out), *flags]) == 1
             said = capsys.readouterr().err
-            assert said == f"error: {out} is the source itself; choose another folder for the output\n"
+            assert said.endswith(" is the source itself; choose another folder for the output\n")
     assert digests(source) == before
 
 
@@ -940,3 +940,60 @@ def test_the_record_says_whether_the_source_was_checked(checked: bool, source: P
     assert record["source_checked"] is checked
     assert {name: file["hub_hash"] for name, file in record["source"]["files"].items()} == hashes
     assert len(hashes) == 2
+
+
+def test_a_run_that_ended_at_its_very_end_is_compared_before_its_journal_goes(
+    plan: Plan, wanted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("mla_tools.output.publishing.end_journals", lambda folder: None)
+        execute(plan, out)
+    (journal,) = out.glob(JOURNALS)
+    for name in wanted:
+        again = Path(shutil.copytree(out, tmp_path / name))
+        data = bytearray((again / name).read_bytes())
+        data[-2] ^= 1
+        (again / name).write_bytes(data)
+        with pytest.raises(MlaToolsError):
+            execute(plan, again, resume=True)
+        assert (again / journal.name).exists()
+    assert not execute(plan, out, resume=True)
+    assert digests(out) == wanted
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX])
+def test_a_small_file_of_a_complete_folder_is_compared(name: str, plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    execute(plan, out)
+    data = bytearray((out / name).read_bytes())
+    data[-3] ^= 1
+    (out / name).write_bytes(data)
+    with pytest.raises(MlaToolsError, match=f"is not as it was left, start again with --overwrite: {name}"):
+        execute(plan, out, resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00003.safetensors", "tokenizer.json"])
+def test_a_name_that_a_run_had_not_come_to_is_not_its_file(name: str, plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begun(plan, out)
+    (out / name).write_text("mine")
+    with pytest.raises(
+        MlaToolsError, match=f"holds what this tool did not make, so it is left alone: {name}"
+    ):
+        execute(plan, out, overwrite=True)
+    assert (out / name).read_text() == "mine"
+    # The weights are all there, but the file has its temporary name yet.
+    last = tmp_path / "last"
+    with pytest.raises(StopError):
+        execute(plan, last, agrees=lambda: _stop(0))
+    (last / f"{name}.partial").touch()
+    (last / name).write_text("mine")
+    with pytest.raises(MlaToolsError, match="holds what this tool did not make"):
+        execute(plan, last, overwrite=True)
+    assert (last / name).read_text() == "mine"
+
+
+def test_a_path_through_a_folder_that_is_not_there_is_where_it_leads(source: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(source), "--mlx-path", str(tmp_path / "not" / ".." / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -29,8 +29,14 @@ def main() -> int:
 
         return main()
     except KeyboardInterrupt:  # before the command could say so itself
+        if "--json" in sys.argv:
+            sys.stdout.write('{"error": "interrupted; nothing was written", "problems": []}\n')
         sys.stderr.write("interrupted; nothing was written\n")
         return 130
+    finally:
+        # Python gives its own handlers up at its end, and a signal would then change the exit code.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _catch_signals() -> None:

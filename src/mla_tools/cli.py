@@ -115,6 +115,8 @@ def _convert(args: argparse.Namespace) -> int:
     if not args.mlx_path:
         raise UsageError("--mlx-path: give the folder to write")
     out = Path(args.mlx_path)
+    if ".." in out.parts:  # which may lead through a folder that is not there
+        out = out.resolve()
     if _same(Path(_source(args)), out):
         raise MlaToolsError(f"{out} is the source itself; choose another folder for the output")
     group = launched()
@@ -122,7 +124,7 @@ def _convert(args: argparse.Namespace) -> int:
         check_output(out, resume=args.resume, overwrite=args.overwrite)
     plan = _plan_of(args, options)
     drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
-    beside = Path(f"{out.resolve() if out.name in ('', '..') else out}-mtp")
+    beside = Path(f"{out if out.name else out.resolve()}-mtp")
     if drafts is not None and group.rank == 0:
         check_output(beside, resume=args.resume, overwrite=args.overwrite)
     from mla_tools.verify import ManifestCheck

@@ -69,6 +69,14 @@ def test_a_companion_that_cannot_be_read_is_a_problem(folder: Path, monkeypatch:
     )
 
 
+def test_a_companion_of_gigabytes_is_not_copied(folder: Path) -> None:
+    (folder / "tokenizer.json").touch()
+    os.truncate(folder / "tokenizer.json", (1 << 30) + 1)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.companions == ()
+    assert checkpoint.notes == ("tokenizer.json is larger than 1,073,741,824 bytes, not copied",)
+
+
 def test_a_companion_has_its_size(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{   }")
     assert [(item.name, item.nbytes) for item in open_checkpoint(folder).companions] == [

@@ -54,6 +54,9 @@ _RECORDS = "mla_tools.*"
 _OTHER_FORMATS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+# The largest tokenizers have a fiftieth of it.
+_MAX_COMPANION = 1 << 30
+
 # Of a name in bytes, on every file system that is in use.
 _LONGEST_NAME = 255
 
@@ -504,6 +507,9 @@ def _companions(
                 problems += error.problems
                 continue
             try:
+                if opened.size > _MAX_COMPANION:
+                    notes.append(f"{shown(name)} is larger than {_MAX_COMPANION:,} bytes, not copied")
+                    continue
                 found.append(Companion(opened.pin(), opened.size))
             finally:
                 opened.close()

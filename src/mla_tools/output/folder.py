@@ -15,6 +15,7 @@ from mla_tools.distributed import Group, together
 from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory, longest_name, partial_name, sync
 from mla_tools.files.place import identity_of, shown
+from mla_tools.files.writer import sha256_of
 from mla_tools.output.journal import (
     CLEARING,
     Journal,
@@ -44,18 +45,25 @@ SMALL_FILES = 64 << 20
 
 @dataclass(frozen=True)
 class _Found:
-    """What lies in a folder: its names, the journals among them, what these began with, and the record."""
+    """What lies in a folder: its names, the journals among them, what these began with, and the record.
+
+    `named`: an interrupted run had come so far that it gave files their final names.
+    """
 
     names: frozenset[str]
     journals: frozenset[str]
     begun: Mapping[str, dict[str, Any]]
     record: Record | None
+    named: bool
 
     @classmethod
     def of(cls, folder: Directory) -> _Found:
         firsts = {name: first for name, (first, _) in read_journals(folder).items()}
         begun = {name: first for name, first in firsts.items() if first is not None}
-        return cls(frozenset(folder.names()), frozenset(firsts), begun, find_record(folder))
+        sealed = State.of(folder).sealed.keys()
+        weights = {name for first in begun.values() for name in _weights_of(first)}
+        named = bool(weights) and weights <= sealed
+        return cls(frozenset(folder.names()), frozenset(firsts), begun, find_record(folder), named)
 
     @property
     def unfinished(self) -> bool:
@@ -71,6 +79,17 @@ class _Found:
 
     def ours(self) -> set[str]:
         """Return the names of all files that the conversions which were here may have made."""
+        names = self._named()
+        if self.journals and not self.clearing:
+            # What still has its temporary name did not get the final one from us, and before the last
+            # weight file was complete nothing did.
+            final = {name for name in names if partial_name(name) not in self.names}
+            came_so_far = self.named or self.record is not None
+            names = (final if came_so_far else set()) | {partial_name(name) for name in names}
+        partials = {partial_name(name) for name in names if not _is_partial(name)}
+        return names | partials | self.journals
+
+    def _named(self) -> set[str]:
         names: set[str] = set()
         for first in self.begun.values():
             told = first.get("provenance")
@@ -81,8 +100,15 @@ class _Found:
             names |= {RECORD, INDEX, CONFIG}
         if self.record is not None:
             names |= {RECORD, *self.record.files}
-        partials = {partial_name(name) for name in names if not _is_partial(name)}
-        return names | partials | self.journals
+        return names
+
+
+def _weights_of(first: Mapping[str, Any]) -> set[str]:
+    """Return the weight files that a journal says it was begun for."""
+    provenance = first.get("provenance")
+    output = provenance.get("output") if isinstance(provenance, dict) else None
+    files = output.get("files") if isinstance(output, dict) else None
+    return set(files) if isinstance(files, dict) else set()
 
 
 def _is_partial(name: str) -> bool:
@@ -156,20 +182,31 @@ def is_complete(folder: Directory, provenance: Mapping[str, Any]) -> bool:
     record = find_record(folder)
     if record is None or _differences(record, provenance):
         return False
-    return not _damaged(folder, record)
+    # A run that was interrupted at its very end is built on; what was complete for long is for `verify`.
+    return not _damaged(folder, record, whole=bool(journals(folder)))
 
 
 def _differences(record: Record, provenance: Mapping[str, Any]) -> list[str]:
     return differences({key: record.value.get(key) for key in provenance}, provenance)
 
 
-def _damaged(folder: Directory, record: Record) -> list[str]:
-    """Return the files of a complete folder that are gone or have another size than they had."""
+def _damaged(folder: Directory, record: Record, *, whole: bool = False) -> list[str]:
+    """Return the files of a complete folder that are not what they were.
+
+    All are looked at, small ones are read, and weight files too if `whole`.
+    """
     damaged = []
-    for name, (nbytes, _) in record.files.items():
+    for name, (nbytes, sha256) in record.files.items():
         status = folder.status(name)
         if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != nbytes:
             damaged.append(name)
+        elif whole or record.header_digest(name) is None:
+            fd = folder.open(name)
+            try:
+                if sha256_of(fd) != sha256:
+                    damaged.append(name)
+            finally:
+                os.close(fd)
     return damaged
 
 
@@ -246,11 +283,11 @@ def _find_again(
         _refuse_finished(folder, found, begun["provenance"])
     _settle(folder)
     ours = found.ours() | {partial_name(name) for name in _made(plan)}
+    for name in sorted(found.names & (ours | _made(plan))):
+        folder.check(name)
     clear = overwrite or found.clearing
     if clear or not found.begun:
         _refuse_strange(folder, found, ours)
-    for name in sorted(found.names & (ours | _made(plan))):
-        folder.check(name)
     if clear:
         _check_room(plan, folder.path, taken=sum(_allocated(folder, name) for name in found.names))
         _clear(folder, found, ours)

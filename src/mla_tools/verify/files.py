@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,8 +23,9 @@ _READ_AT_ONCE = 8 << 20
 _WEIGHTS = ".safetensors"
 
 # What people and systems put beside a model, and no reader of models opens.
-_BESIDE = (".*", "*.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "README", "LICENSE*", "NOTICE*")
-_CODE = ("*.py", "*.so", "*.json", "*.jinja", f"*{_WEIGHTS}")
+_DOCUMENTS = ("README", "LICENSE", "NOTICE")
+_PICTURES = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg")
+_OPENED = (_WEIGHTS, ".py", ".json", ".jinja")  # a reader that looks for these may find hidden ones
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _beside(path: Path, record: Record) -> tuple[list[Problem], tuple[str, ...]]
     for item in sorted(path.iterdir()):
         if item.name in record.files or item.name == RECORD:
             continue
-        if _matches(item.name, _BESIDE) and not _matches(item.name, _CODE):
+        if _is_beside(item.name):
             notes.append(f"{shown(item.name)} was not written by the conversion")
         else:
             loads = fnmatchcase(item.name, f"model*{_WEIGHTS}")  # whatever the index says
@@ -121,8 +122,12 @@ def _beside(path: Path, record: Record) -> tuple[list[Problem], tuple[str, ...]]
     return problems, tuple(notes)
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _is_beside(name: str) -> bool:
+    """Return whether a file is of a kind that no reader of models opens."""
+    suffix = Path(name).suffix
+    if name.startswith("."):
+        return not name.endswith(_OPENED)
+    return suffix in _PICTURES or (name.startswith(_DOCUMENTS) and suffix in ("", ".txt"))
 
 
 def _file_problem(
