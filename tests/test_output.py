@@ -30,6 +30,7 @@ from tiny import (
     digests,
     lines_of,
     planned,
+    uninterrupted,
     write_tiny,
 )
 
@@ -67,11 +68,7 @@ def plan(source: Path) -> Plan:
 @pytest.fixture(scope="module")
 def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return what a conversion that nothing interrupts writes."""
-    out = tmp_path_factory.mktemp("wanted") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
-        execute(planned(source), out)
-    made = digests(out)
+    made = uninterrupted(source, tmp_path_factory.mktemp("wanted") / "out")
     assert len([name for name in made if name.endswith(".safetensors")]) == 3
     return made
 
@@ -225,9 +222,12 @@ def test_another_source_and_another_version_are_told(
 
 def rewritten(path: Path) -> None:
     """Change one bit of the data, of which neither the size nor the header tells."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    # In place: a file that is written anew is empty for a moment, and somebody may be reading it.
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
 
 
 def replaced(path: Path) -> None:
@@ -513,7 +513,7 @@ def test_the_disk_is_asked_before_anything_is_made(
 ) -> None:
     out = tmp_path / "deep" / "out"
     needed = sum(file.layout.size for file in plan.files) + output_folder.SMALL_FILES
-    needed += sum(companion.nbytes for companion in plan.copied)
+    needed += sum(companion.size for companion in plan.copied)
     with_free(monkeypatch, needed - 1)
     with pytest.raises(MlaToolsError) as caught:
         execute(plan, out)
@@ -538,7 +538,7 @@ def test_what_is_there_already_needs_no_room(
     # A complete folder gives way to the one that replaces it, and is kept if that is not enough.
     taken = sum(path.stat().st_blocks * 512 for path in out.iterdir())
     needed = sum(file.layout.size for file in plan.files)
-    needed += sum(companion.nbytes for companion in plan.copied)
+    needed += sum(companion.size for companion in plan.copied)
     monkeypatch.setattr(output_folder, "SMALL_FILES", taken - needed + 1)
     with_free(monkeypatch, 0)
     with pytest.raises(MlaToolsError, match=f"has {taken:,} bytes free, and {taken + 1:,} are needed"):

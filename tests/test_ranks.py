@@ -8,12 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from launching import run_ranks
-from tiny import CHILD, JOURNALS, SHARD_BYTES, child, digests, planned, write_tiny
+from tiny import CHILD, JOURNALS, child, digests, uninterrupted, write_tiny
 
-from mla_tools import plan as planning
 from mla_tools.distributed import Alone, launched
 from mla_tools.errors import MlaToolsError
-from mla_tools.execute import execute
 
 # Rank 1 fails when it has written a little: at once, or when rank 0 has done its work and waits for it.
 FAILING = """
@@ -47,11 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("wanted") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
-        execute(planned(source), out)
-    return digests(out)
+    return uninterrupted(source, tmp_path_factory.mktemp("wanted") / "out")
 
 
 def run(

@@ -14,6 +14,7 @@ from typing import Any, Self
 import mlx.core as mx
 import pytest
 
+from mla_tools import plan as planning
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
@@ -54,6 +55,14 @@ class Agrees:
 verify.ManifestCheck = Agrees
 sys.exit(__main__.main())
 """
+
+
+def uninterrupted(source: Path, out: Path) -> dict[str, str]:
+    """Return what a conversion that nothing interrupts writes: names and sha256."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
+        execute(planned(source), out)
+    return digests(out)
 
 
 def write_tiny(folder: Path, dims: Mapping[str, int] = TINY) -> None:

@@ -37,7 +37,7 @@ from mla_tools.errors import (
     fold_indices,
     fold_names,
 )
-from mla_tools.files.checkpoint import Checkpoint, Companion, no_collector
+from mla_tools.files.checkpoint import Checkpoint, Planned, no_collector
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.kernels import AFFINE_BLOCK, BLOCK
 from mla_tools.ops import Indices, Op, Same
@@ -315,7 +315,7 @@ class Plan:
         return {name: shape for name, shape in written.items() if name not in self.images}
 
     @property
-    def copied(self) -> tuple[Companion, ...]:
+    def copied(self) -> tuple[Planned, ...]:
         """The files of the source that go beside the weights as they are."""
         return tuple(file for file in self.checkpoint.companions if file.name not in self.added)
 

@@ -52,6 +52,21 @@ def index(
     (folder / file).write_text(json.dumps(content))
 
 
+SHARDS = tuple(f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
+
+
+def folder_with_shards(folder: Path, config: str = '{"model_type": "deepseek_v3"}') -> Path:
+    """Return a new folder with a config, three shards of two layers each, and the index of them."""
+    folder_with_config(folder, config)
+    places = {}
+    for number, file in enumerate(SHARDS):
+        names = [f"model.layers.{2 * number + k}.weight" for k in (0, 1)]
+        shard(folder, file, *names)
+        places.update(dict.fromkeys(names, file))
+    index(folder, places)
+    return folder
+
+
 def folder_with_config(folder: Path, config: str = '{"model_type": "deepseek_v3"}') -> Path:
     """Return a new folder that holds a config.json and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,27 +7,20 @@ import json
 from pathlib import Path
 
 import pytest
-from attacks.hostile import folder_with_config, index, shard
+from attacks.hostile import SHARDS, folder_with_config, folder_with_shards, index, shard
 
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.place import Folder
 from mla_tools.sample import write_sample
 from mla_tools.spec import DType, Spec
 
-ONE, TWO, THREE = (f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
+ONE, TWO, THREE = SHARDS
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a config, three shards of two layers each, and the index of them."""
-    folder = folder_with_config(tmp_path / "model", '{"num_hidden_layers": 6, "x": 1.5}')
-    places = {}
-    for number, file in enumerate((ONE, TWO, THREE)):
-        names = [f"model.layers.{2 * number + k}.weight" for k in (0, 1)]
-        shard(folder, file, *names)
-        places.update(dict.fromkeys(names, file))
-    index(folder, places)
-    return folder
+    return folder_with_shards(tmp_path / "model", '{"num_hidden_layers": 6, "x": 1.5}')
 
 
 def layers(*numbers: int) -> set[str]:

@@ -375,6 +375,16 @@ def test_late_bytes_do_not_get_into_what_was_read_since(hub: Hub) -> None:
     assert slow.waits == [0.5]
 
 
+def assert_stopped(repository: Repository, waiting: threading.Event) -> None:
+    """Stop a repository while a read of it waits, and assert that the read ends."""
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(read, repository, 0, 200)
+        assert waiting.wait(timeout=60)
+        repository.stop()
+        with pytest.raises(MlaToolsError, match="org/name: reading was stopped"):
+            under_way.result(timeout=60)
+
+
 def test_a_read_from_a_silent_server_can_be_stopped(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 600)
     waiting = threading.Event()
@@ -386,12 +396,7 @@ def test_a_read_from_a_silent_server_can_be_stopped(hub: Hub, monkeypatch: pytes
 
     hub.always = silent
     repository = opened(hub)
-    with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(read, repository, 0, 200)
-        assert waiting.wait(timeout=60)
-        repository.stop()
-        with pytest.raises(MlaToolsError, match="org/name: reading was stopped"):
-            under_way.result(timeout=30)
+    assert_stopped(repository, waiting)
 
 
 def test_what_came_before_a_break_is_not_asked_for_again(hub: Hub) -> None:
@@ -434,12 +439,7 @@ def test_whoever_waits_can_be_stopped(hub: Hub) -> None:
 
     hub.always = busy
     repository = open_repository(NAME, endpoint=hub.url)
-    with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(read, repository, 0, 8)
-        assert waiting.wait(timeout=60)
-        repository.stop()
-        with pytest.raises(MlaToolsError, match="org/name: reading was stopped"):
-            under_way.result(timeout=60)
+    assert_stopped(repository, waiting)
     assert len(hub.ranges()) == 1
 
 

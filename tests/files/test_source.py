@@ -9,26 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attacks.hostile import folder_with_config, index, shard
+from attacks.hostile import SHARDS, folder_with_shards
 
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.files.checkpoint import check_content, check_unchanged, open_checkpoint
 from mla_tools.files.reader import Reader
 
-ONE, TWO, THREE = (f"model-{k:05}-of-00003.safetensors" for k in (1, 2, 3))
+ONE, TWO, THREE = SHARDS
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a config, three shards of two layers each, and the index of them."""
-    folder = folder_with_config(tmp_path / "model")
-    places = {}
-    for number, file in enumerate((ONE, TWO, THREE)):
-        names = [f"model.layers.{2 * number + k}.weight" for k in (0, 1)]
-        shard(folder, file, *names)
-        places.update(dict.fromkeys(names, file))
-    index(folder, places)
-    return folder
+    return folder_with_shards(tmp_path / "model")
 
 
 # --- what lies beside the weights ----------------------------------------------------------------------
@@ -79,9 +72,7 @@ def test_a_companion_of_gigabytes_is_not_copied(folder: Path) -> None:
 
 def test_a_companion_has_its_size(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{   }")
-    assert [(item.name, item.nbytes) for item in open_checkpoint(folder).companions] == [
-        ("tokenizer.json", 5)
-    ]
+    assert [(item.name, item.size) for item in open_checkpoint(folder).companions] == [("tokenizer.json", 5)]
 
 
 # --- a source that changes -----------------------------------------------------------------------------

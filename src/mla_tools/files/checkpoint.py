@@ -22,13 +22,13 @@ from pathlib import Path
 
 from mla_tools.errors import ChangedError, CheckpointError, MlaToolsError, Problem, fold_names
 from mla_tools.files.directory import partial_name
-from mla_tools.files.place import AGAIN, File, Folder, Place, read_whole, shown
+from mla_tools.files.place import AGAIN, File, Folder, Place, pieces, read_whole, shown
 from mla_tools.files.safetensors import Header, NotJsonError, parse_object, read_header
 from mla_tools.spec import Spec
 
 __all__ = [
     "Checkpoint",
-    "Companion",
+    "Planned",
     "Shard",
     "Stored",
     "check_content",
@@ -54,13 +54,12 @@ _RECORDS = "mla_tools.*"
 _OTHER_FORMATS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# The largest tokenizers have a fiftieth of it.
+# Of what is copied; a larger file is left out, and a note says so.
 _MAX_COMPANION = 1 << 30
 
 # Of a name in bytes, on every file system that is in use.
 _LONGEST_NAME = 255
 
-_READ_AT_ONCE = 8 << 20
 _LOCAL_READERS = 2
 
 _SET = re.compile(r"(.*)-(\d{1,18})-of-(\d{1,18})\.safetensors", re.DOTALL)
@@ -76,17 +75,11 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One weight file, and by what it is known again: its size in bytes and the sha256 of its header.
-
-    `file` opens only while it is what it was. `tag` is the hash that the hub gives for the content: the
-    sha256 of a large file, the git object id of a small one; empty where nothing is known of the hub.
-    """
+class Planned:
+    """A file that a conversion will read, and its size in bytes; it opens only while it is what it was."""
 
     file: File
     size: int
-    digest: str
-    tag: str
 
     @property
     def name(self) -> str:
@@ -95,16 +88,15 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Companion:
-    """A file to copy beside converted weights; it opens only while it is what it was."""
+class Shard(Planned):
+    """One weight file, and by what else it is known again: the sha256 of its header.
 
-    file: File
-    nbytes: int
+    `tag` is the hash that the hub gives for the content: the sha256 of a large file, the git object id of a
+    small one; empty where nothing is known of the hub.
+    """
 
-    @property
-    def name(self) -> str:
-        """The plain name of the file."""
-        return self.file.name
+    digest: str
+    tag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +122,7 @@ class Checkpoint:
     config: dict[str, object]
     tensors: dict[str, Stored]
     shards: tuple[Shard, ...]
-    companions: tuple[Companion, ...]
+    companions: tuple[Planned, ...]
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
     lost: dict[str, str]
@@ -471,9 +463,9 @@ def _compare(
 
 def _companions(
     place: Place, names: Iterable[str], notes: list[str], problems: list[Problem]
-) -> tuple[Companion, ...]:
+) -> tuple[Planned, ...]:
     """Return the files to copy beside the weights, each opened once; a note tells what is not copied."""
-    found: list[Companion] = []
+    found: list[Planned] = []
     # Where a file system takes no notice of case, one of two such names would replace the other.
     taken = {CONFIG.casefold(): CONFIG, INDEX.casefold(): INDEX}
     for name in sorted(names, key=str.swapcase):  # the one in lower case comes first, and counts
@@ -510,7 +502,7 @@ def _companions(
                 if opened.size > _MAX_COMPANION:
                     notes.append(f"{shown(name)} is larger than {_MAX_COMPANION:,} bytes, not copied")
                     continue
-                found.append(Companion(opened.pin(), opened.size))
+                found.append(Planned(opened.pin(), opened.size))
             finally:
                 opened.close()
             if kind == "link":
@@ -525,10 +517,10 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
     """
     problems: list[Problem] = []
     changed = False
-    files = [shard.file for shard in checkpoint.shards]
-    for file in [*files, *(companion.file for companion in checkpoint.companions)]:
+    planned: Iterable[Planned] = (*checkpoint.shards, *checkpoint.companions)
+    for held in planned:
         try:
-            file.open().close()
+            held.file.open().close()
         except CheckpointError as error:
             problems += error.problems
             changed = changed or isinstance(error, ChangedError)
@@ -557,10 +549,9 @@ def check_content(
         digest = hashlib.sha256() if len(shard.tag) == 64 else hashlib.sha1(b"blob %d\0" % shard.size)
         opened = shard.file.open()
         try:
-            for offset in range(0, shard.size, _READ_AT_ONCE):
-                nbytes = min(_READ_AT_ONCE, shard.size - offset)
-                digest.update(opened.read(offset, nbytes).data)
-                progress(nbytes)
+            for piece in pieces(opened, shard.size):
+                digest.update(piece.data)
+                progress(len(piece))
         finally:
             opened.close()
         found = digest.hexdigest()

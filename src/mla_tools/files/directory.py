@@ -19,10 +19,10 @@ from typing import Self
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.place import Identity, identity_of, shown
 
-__all__ = ["PARTIAL", "Directory", "longest_name", "partial_name", "sync"]
+__all__ = ["Directory", "longest_name", "partial_name", "sync", "write_all"]
 
 # What the name of a file ends with until the file is complete.
-PARTIAL = ".partial"
+_PARTIAL = ".partial"
 
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a named pipe would wait for its writer
 
@@ -32,7 +32,7 @@ _LONGEST_NAME = 255
 
 def partial_name(name: str) -> str:
     """Return the name that a file has until it is complete."""
-    return name + PARTIAL
+    return name + _PARTIAL
 
 
 def longest_name(folder: Path) -> int:
@@ -49,6 +49,13 @@ def sync(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fsync(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of some bytes at the place of a descriptor; OSError if the disk does not take them."""
+    view = memoryview(data)
+    while view:  # of what a full disk does not take, write says so only when asked again
+        view = view[os.write(fd, view) :]
 
 
 class Directory:
@@ -97,6 +104,12 @@ class Directory:
         status = self.status(name)
         if status is not None:
             self._refuse_strange(name, status)
+
+    def check_free(self, name: str) -> None:
+        """Raise MlaToolsError if anything has a name that a file is to get."""
+        if name in self:
+            path = self.path / shown(name)
+            raise MlaToolsError(f"{path} exists already; remove it or choose another place")
 
     def is_path(self) -> bool:
         """Return whether the path still leads to this folder."""
@@ -149,9 +162,7 @@ class Directory:
         """Write a new small file, on disk for good but for its name."""
         fd = self.create(name)
         try:
-            view = memoryview(data)
-            while view:  # of what a full disk does not take, write says so only when asked again
-                view = view[os.write(fd, view) :]
+            write_all(fd, data)
             sync(fd)
         finally:
             os.close(fd)
@@ -159,9 +170,7 @@ class Directory:
     def rename(self, old: str, new: str) -> None:
         """Give a file another name; MlaToolsError if something has that name already."""
         self.check(old)
-        if new in self:
-            path = self.path / new
-            raise MlaToolsError(f"{path} exists already; remove it or choose another place")
+        self.check_free(new)
         os.rename(_plain(old), _plain(new), src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def remove(self, name: str, known: Identity | None = None) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "as_file",
     "cut_short",
     "identity_of",
+    "pieces",
     "read_whole",
     "shown",
 ]
@@ -47,6 +49,7 @@ _MAX_TRANSFER = 1 << 30  # macOS refuses a single read of 2 GiB and more
 # A hash that a hub gives a file: the sha256 of a large one, the git object id of a small one.
 _HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
 _MAX_METADATA = 4096
+_PIECE = 8 << 20
 
 # By what a file is known again: device, inode, size and time of its last change.
 Identity = tuple[int, int, int, int]
@@ -308,6 +311,12 @@ class Folder:
 def as_file(file: File | str | os.PathLike[str]) -> File:
     """Return a path as the file that it names, and a file as it is."""
     return LocalFile(Path(file)) if isinstance(file, (str, os.PathLike)) else file
+
+
+def pieces(opened: OpenFile, nbytes: int) -> Iterator[Bytes]:
+    """Yield the first bytes of an open file, a few megabytes at a time."""
+    for offset in range(0, nbytes, _PIECE):
+        yield opened.read(offset, min(_PIECE, nbytes - offset))
 
 
 def read_whole(file: File, limit: int) -> bytes:

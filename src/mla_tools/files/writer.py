@@ -17,7 +17,7 @@ from mla_tools.files.directory import Directory, partial_name, sync
 from mla_tools.files.place import shown
 from mla_tools.files.safetensors import Layout
 
-__all__ = ["Range", "Writer", "sha256_of"]
+__all__ = ["Range", "Writer", "sha256_in"]
 
 _READ_AT_ONCE = 1 << 20
 _STOPPED_AFTER = 64 << 20
@@ -266,8 +266,7 @@ class Writer:
         return faults
 
     def _refuse_existing(self) -> None:
-        if self._name in self._folder:
-            raise MlaToolsError(f"{self.path} exists already; remove it or choose another place")
+        self._folder.check_free(self._name)
 
     def _is_ours(self) -> bool:
         status = self._folder.status(self._partial)
@@ -290,14 +289,18 @@ class Writer:
         return MlaToolsError(f"{self.path} cannot be written: {error.strerror}; {advice}")
 
 
-def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
-    """Return the sha256 of an open file in hexadecimal; of a part of it, once it is stopped."""
+def sha256_in(folder: Directory, name: str, stopped: Callable[[], bool] = lambda: False) -> str:
+    """Return the sha256 of a file in a folder in hexadecimal; of a part of it, once it is stopped."""
     digest = _Digest()
-    size = os.fstat(fd).st_size
-    for end in range(_STOPPED_AFTER, size + _STOPPED_AFTER, _STOPPED_AFTER):
-        if stopped():
-            break
-        digest.update(fd, min(end, size))
+    fd = folder.open(name)
+    try:
+        size = os.fstat(fd).st_size
+        for end in range(_STOPPED_AFTER, size + _STOPPED_AFTER, _STOPPED_AFTER):
+            if stopped():
+                break
+            digest.update(fd, min(end, size))
+    finally:
+        os.close(fd)
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from mla_tools.distributed import Group, together
 from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory, longest_name, partial_name, sync
 from mla_tools.files.place import identity_of, shown
-from mla_tools.files.writer import sha256_of
+from mla_tools.files.writer import sha256_in
 from mla_tools.output.journal import (
     CLEARING,
     Journal,
@@ -26,7 +26,7 @@ from mla_tools.output.journal import (
     other_plan,
     read_journals,
 )
-from mla_tools.output.record import CONFIG, INDEX, MAX_RECORD, RECORD, Record, differences
+from mla_tools.output.record import CONFIG, INDEX, LISTED, MAX_RECORD, RECORD, Record, differences, names_of
 from mla_tools.plan import OutputFile, Plan
 
 __all__ = [
@@ -47,23 +47,21 @@ SMALL_FILES = 64 << 20
 class _Found:
     """What lies in a folder: its names, the journals among them, what these began with, and the record.
 
-    `named`: an interrupted run had come so far that it gave files their final names.
+    `state` is what the journals call done.
     """
 
     names: frozenset[str]
     journals: frozenset[str]
     begun: Mapping[str, dict[str, Any]]
     record: Record | None
-    named: bool
+    state: State
 
     @classmethod
     def of(cls, folder: Directory) -> _Found:
-        firsts = {name: first for name, (first, _) in read_journals(folder).items()}
-        begun = {name: first for name, first in firsts.items() if first is not None}
-        sealed = State.of(folder).sealed.keys()
-        weights = {name for first in begun.values() for name in _weights_of(first)}
-        named = bool(weights) and weights <= sealed
-        return cls(frozenset(folder.names()), frozenset(firsts), begun, find_record(folder), named)
+        held = read_journals(folder)
+        begun = {name: first for name, (first, _) in held.items() if first is not None}
+        names = frozenset(folder.names())
+        return cls(names, frozenset(held), begun, find_record(folder), State.of(held))
 
     @property
     def unfinished(self) -> bool:
@@ -79,36 +77,31 @@ class _Found:
 
     def ours(self) -> set[str]:
         """Return the names of all files that the conversions which were here may have made."""
-        names = self._named()
+        names = self._listed(*LISTED) | ({RECORD, INDEX, CONFIG} if self.begun else set())
+        if self.record is not None:
+            names |= {RECORD, *self.record.files}
         if self.journals and not self.clearing:
             # What still has its temporary name did not get the final one from us, and before the last
             # weight file was complete nothing did.
             final = {name for name in names if partial_name(name) not in self.names}
-            came_so_far = self.named or self.record is not None
-            names = (final if came_so_far else set()) | {partial_name(name) for name in names}
+            names = (final if self._named_files else set()) | {partial_name(name) for name in names}
         partials = {partial_name(name) for name in names if not _is_partial(name)}
         return names | partials | self.journals
 
-    def _named(self) -> set[str]:
-        names: set[str] = set()
-        for first in self.begun.values():
-            told = first.get("provenance")
-            output = told.get("output") if isinstance(told, dict) else first.get("output")
-            for key in ("files", "copied", "added"):
-                listed = output.get(key) if isinstance(output, dict) else None
-                names |= {str(name) for name in listed} if isinstance(listed, (dict, list)) else set()
-            names |= {RECORD, INDEX, CONFIG}
-        if self.record is not None:
-            names |= {RECORD, *self.record.files}
-        return names
+    @property
+    def _named_files(self) -> bool:
+        """Whether an interrupted run had come so far that it gave files their final names."""
+        weights = self._listed("files")
+        return self.record is not None or (bool(weights) and weights <= self.state.sealed.keys())
 
-
-def _weights_of(first: Mapping[str, Any]) -> set[str]:
-    """Return the weight files that a journal says it was begun for."""
-    provenance = first.get("provenance")
-    output = provenance.get("output") if isinstance(provenance, dict) else None
-    files = output.get("files") if isinstance(output, dict) else None
-    return set(files) if isinstance(files, dict) else set()
+    def _listed(self, *keys: str) -> set[str]:
+        """Return the names of the files that the journals were begun for."""
+        outputs = (first.get("provenance", first) for first in self.begun.values())
+        return {
+            name
+            for output in outputs
+            for name in names_of(output.get("output") if isinstance(output, dict) else None, *keys)
+        }
 
 
 def _is_partial(name: str) -> bool:
@@ -178,7 +171,7 @@ def how_to_start_again(path: Path) -> str:
 
 
 def is_complete(folder: Directory, provenance: Mapping[str, Any]) -> bool:
-    """Return whether a folder is the complete output of this provenance, by its record and its sizes."""
+    """Return whether a folder is the complete output of this provenance, as far as is looked at quickly."""
     record = find_record(folder)
     if record is None or _differences(record, provenance):
         return False
@@ -201,12 +194,7 @@ def _damaged(folder: Directory, record: Record, *, whole: bool = False) -> list[
         if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != nbytes:
             damaged.append(name)
         elif whole or record.header_digest(name) is None:
-            fd = folder.open(name)
-            try:
-                if sha256_of(fd) != sha256:
-                    damaged.append(name)
-            finally:
-                os.close(fd)
+            damaged += [name] if sha256_in(folder, name) != sha256 else []
     return damaged
 
 
@@ -292,13 +280,13 @@ def _find_again(
         _check_room(plan, folder.path, taken=sum(_allocated(folder, name) for name in found.names))
         _clear(folder, found, ours)
     else:
-        _check_room(plan, folder.path, folder)
+        _check_room(plan, folder.path, folder, found.state)
 
 
 def _check_journals(plan: Plan, folder: Directory, begun: Mapping[str, Any]) -> None:
     """Begin the journal, or compare what those that are there call done with what lies there."""
     with closing(Journal(folder, 0, begun)):
-        state = State.of(folder)
+        state = State.of(read_journals(folder))
         targets = [target for step in plan.steps for target in step.targets]
         kept = {name for stored in state.kept(targets).values() for name in stored}
         for file in plan.files:
@@ -445,15 +433,17 @@ def end_journals(folder: Directory) -> None:
     folder.sync()
 
 
-def _check_room(plan: Plan, path: Path, folder: Directory | None = None, taken: int = 0) -> None:
+def _check_room(
+    plan: Plan, path: Path, folder: Directory | None = None, state: State | None = None, *, taken: int = 0
+) -> None:
     """Raise MlaToolsError if the disk has no room for what is still to be written.
 
-    `folder` is an unfinished output that is resumed; `taken` are the bytes of one that is replaced.
+    `folder` is an unfinished output that is resumed, in this state; `taken` are the bytes of one that is
+    replaced.
     """
-    sealed: Mapping[str, str] = {} if folder is None else State.of(folder).sealed
-    needed = SMALL_FILES + sum(companion.nbytes for companion in plan.copied)
+    needed = SMALL_FILES + sum(companion.size for companion in plan.copied)
     for file in plan.files:
-        if file.name not in sealed:
+        if state is None or file.name not in state.sealed:
             needed += file.layout.size
             if folder is not None:
                 needed -= min(file.layout.size, _allocated(folder, partial_name(file.name)))
@@ -490,6 +480,6 @@ def check_kept(folder: Directory, file: OutputFile) -> str:
             os.close(fd)
     if not sound:
         raise DamagedError(f"{folder.path / partial} is not as it was left; start again with --overwrite")
-    if name == partial and file.name in folder:
-        raise MlaToolsError(f"{folder.path / file.name} exists already; remove it or choose another place")
+    if name == partial:
+        folder.check_free(file.name)
     return name

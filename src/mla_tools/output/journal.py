@@ -15,13 +15,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mla_tools.errors import MlaToolsError
-from mla_tools.files.directory import Directory, sync
+from mla_tools.files.directory import Directory, sync, write_all
 from mla_tools.files.safetensors import parse_object
 from mla_tools.files.writer import Range
 from mla_tools.output.record import compact, differences, sha256_hex
 from mla_tools.plan import Target
 
-__all__ = ["CLEARING", "Journal", "State", "done_line", "journals", "lock", "parse_line", "read_journals"]
+__all__ = [
+    "CLEARING",
+    "Journal",
+    "State",
+    "done_line",
+    "journals",
+    "line_of",
+    "lock",
+    "other_plan",
+    "read_journals",
+]
 
 # The journal of each rank, and the one that is there while --overwrite removes what was there before.
 _NAME = re.compile(r"mla_tools\.journal-([0-9]{5,9}|clearing)\.jsonl")
@@ -35,6 +45,10 @@ _CHECKSUM = 16
 
 # Differences that are listed before "and so many more".
 _LISTED = 12
+
+
+# By name, the first line of each journal and the others; the first is None if it says nothing.
+Journals = dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]]
 
 
 def journals(folder: Directory) -> list[str]:
@@ -58,9 +72,9 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def read_journals(folder: Directory) -> dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]]:
-    """Return the first line and the others of each journal by name; the first is None if it says nothing."""
-    found: dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]] = {}
+def read_journals(folder: Directory) -> Journals:
+    """Return what the journals in a folder say."""
+    found: Journals = {}
     left = _MAX_BYTES
     for name in journals(folder):
         data = folder.read(name, left)
@@ -112,10 +126,9 @@ class Journal:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line, on disk for good; one thread at a time."""
-        text = memoryview((b"\n" if self._torn else b"") + line_of(line))
+        text = (b"\n" if self._torn else b"") + line_of(line)
         self._torn = True
-        while text:  # of what a full disk does not take, write says so only when asked again
-            text = text[os.write(self._fd, text) :]
+        write_all(self._fd, text)
         sync(self._fd)
         self._torn = False
 
@@ -169,10 +182,10 @@ class State:
     sealed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Directory) -> State:
+    def of(cls, journals: Journals) -> State:
         """Return what all journals of a folder say together."""
         state = cls()
-        for _, lines in read_journals(folder).values():
+        for _, lines in journals.values():
             for line in lines:
                 match line:
                     case {"done": [*entries]}:

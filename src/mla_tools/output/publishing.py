@@ -7,18 +7,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mla_tools.errors import DamagedError, MlaToolsError
-from mla_tools.files.checkpoint import Companion
-from mla_tools.files.directory import Directory, partial_name, sync
-from mla_tools.files.writer import sha256_of
+from mla_tools.errors import DamagedError
+from mla_tools.files.checkpoint import Planned
+from mla_tools.files.directory import Directory, partial_name, sync, write_all
+from mla_tools.files.place import pieces
+from mla_tools.files.writer import sha256_in
 from mla_tools.output.folder import check_kept, end_journals
-from mla_tools.output.journal import State
+from mla_tools.output.journal import State, read_journals
 from mla_tools.output.record import CONFIG, INDEX, RECORD, made, pretty, record_of, sha256_hex
 from mla_tools.plan import Plan
 
 __all__ = ["publish"]
-
-_COPIED_AT_ONCE = 8 << 20
 
 
 def publish(plan: Plan, folder: Directory, provenance: Mapping[str, Any], *, checked: bool = False) -> None:
@@ -31,7 +30,7 @@ def publish(plan: Plan, folder: Directory, provenance: Mapping[str, Any], *, che
             f"{folder.path} was moved or replaced while it was written; put it back, and finish it with"
             " --resume"
         )
-    sealed = State.of(folder).sealed
+    sealed = State.of(read_journals(folder)).sealed
     digests: dict[str, tuple[int, str]] = {}
     for file in plan.files:
         check_kept(folder, file)
@@ -66,33 +65,30 @@ def _write(folder: Directory, name: str, data: bytes) -> None:
     folder.write(partial_name(name), data)
 
 
-def _copied(folder: Directory, companion: Companion) -> tuple[int, str]:
+def _copied(folder: Directory, companion: Planned) -> tuple[int, str]:
     """Return the size and the sha256 of a companion, which lies under its temporary or its final name."""
-    name = companion.name
+    name, partial = companion.name, partial_name(companion.name)
     source = companion.file.open()
-    fd = -1
-    digest = hashlib.sha256()
     try:
-        if name not in folder:
-            folder.remove(partial_name(name))
-            fd = folder.create(partial_name(name))
-        for offset in range(0, source.size, _COPIED_AT_ONCE):
-            piece = source.read(offset, min(_COPIED_AT_ONCE, source.size - offset)).data
-            digest.update(piece)
-            view = memoryview(piece)
-            while fd >= 0 and view:
-                view = view[os.write(fd, view) :]
-        if fd >= 0:
-            sync(fd)
-        else:  # an earlier run has come as far as this, or somebody else has
-            fd = folder.open(name)
-            if os.fstat(fd).st_size != source.size or sha256_of(fd) != digest.hexdigest():
-                raise _taken(folder, name)
+        digest = hashlib.sha256()
+        if name in folder:  # an earlier run has come as far as this, or somebody else has
+            for piece in pieces(source, source.size):
+                digest.update(piece.data)
+            if sha256_in(folder, name) != digest.hexdigest():
+                folder.check_free(name)
+        else:
+            folder.remove(partial)
+            fd = folder.create(partial)
+            try:
+                for piece in pieces(source, source.size):
+                    digest.update(piece.data)
+                    write_all(fd, piece.data)
+                sync(fd)
+            finally:
+                os.close(fd)
         return source.size, digest.hexdigest()
     finally:
         source.close()
-        if fd >= 0:
-            os.close(fd)
 
 
 def _name_finally(folder: Directory, name: str) -> None:
@@ -100,7 +96,3 @@ def _name_finally(folder: Directory, name: str) -> None:
     partial = partial_name(name)
     if partial in folder:
         folder.rename(partial, name)
-
-
-def _taken(folder: Directory, name: str) -> MlaToolsError:
-    return MlaToolsError(f"{folder.path / name} exists already; remove it or choose another place")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tools.errors import clipped
+from mla_tools.files.checkpoint import CONFIG, INDEX
 from mla_tools.files.place import Place, shown
 from mla_tools.files.safetensors import parse_object
 from mla_tools.plan import Plan
@@ -25,6 +26,7 @@ __all__ = [
     "CONFIG",
     "FORMAT",
     "INDEX",
+    "LISTED",
     "MAX_RECORD",
     "RECORD",
     "Record",
@@ -32,6 +34,7 @@ __all__ = [
     "compact",
     "differences",
     "made",
+    "names_of",
     "pretty",
     "provenance",
     "record_of",
@@ -39,10 +42,11 @@ __all__ = [
 ]
 
 RECORD = "mla_tools.json"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 
 FORMAT = 2
+
+# Where a provenance lists the files of an output: weights, those of the source, and those of ours.
+LISTED = ("files", "copied", "added")
 
 # More than a record of millions of dropped tensors takes.
 MAX_RECORD = 128 << 20
@@ -122,7 +126,7 @@ class Record:
                     f"is not a record of an output: its entry {clipped(name)} is not one of a file"
                 )
             files[name] = (nbytes, sha256)
-        if missing := sorted({CONFIG, INDEX, *_made_of(value["output"])} - files.keys()):
+        if missing := sorted({CONFIG, INDEX, *names_of(value["output"], *LISTED)} - files.keys()):
             named = ", ".join(map(shown, missing[:4])) + (", ..." if len(missing) > 4 else "")
             raise ValueError(f"is not a record of an output: its files lack {named}")
         return cls(value, files)
@@ -143,9 +147,9 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and not set("/\\\0") & set(name)
 
 
-def _made_of(output: Mapping[str, Any]) -> set[str]:
-    """Return the names of the files that a provenance says are in an output."""
-    listed = [output.get(key) for key in ("files", "copied", "added")]
+def names_of(output: object, *keys: str) -> set[str]:
+    """Return the names of the files that the part "output" of a provenance lists under these keys."""
+    listed = [output.get(key) for key in keys] if isinstance(output, dict) else []
     return {
         name for names in listed if isinstance(names, (dict, list)) for name in names if type(name) is str
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Collection
@@ -13,9 +12,9 @@ from typing import Any
 from mla_tools.distributed import Group, shares
 from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory
-from mla_tools.files.writer import Range, Writer, sha256_of
+from mla_tools.files.writer import Range, Writer, sha256_in
 from mla_tools.output.folder import check_kept
-from mla_tools.output.journal import Journal, State, done_line
+from mla_tools.output.journal import Journal, State, done_line, read_journals
 from mla_tools.plan import OutputFile, Plan, Target
 
 __all__ = ["Output"]
@@ -39,7 +38,7 @@ class Output:
             file.name: file for file, rank in zip(plan.files, owners, strict=True) if rank == group.rank
         }
         self._homes = {name: file for file in self._files.values() for name in file.tensors}
-        state = State.of(folder)
+        state = State.of(read_journals(folder))
         sealed = {name: digest for name, digest in state.sealed.items() if name in self._files}
         self._sealed = set(sealed)
         self._targets = [target for step in plan.steps for target in step.targets]
@@ -140,11 +139,7 @@ class Output:
     def _check(self, name: str, digest: str) -> None:
         """Compare a file that an earlier run has completed with the sha256 that its journal gives."""
         present = check_kept(self._folder, self._files[name])
-        fd = self._folder.open(present)
-        try:
-            found = sha256_of(fd, self._closing.is_set)
-        finally:
-            os.close(fd)
+        found = sha256_in(self._folder, present, self._closing.is_set)
         if found != digest and not self._closing.is_set():
             raise DamagedError(
                 f"{self._folder.path / present} is damaged: its bytes are not as they were written; start"

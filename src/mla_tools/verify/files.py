@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.directory import Directory
-from mla_tools.files.place import Folder, OpenFile, read_whole, shown
+from mla_tools.files.place import Folder, OpenFile, pieces, read_whole, shown
 from mla_tools.output import RECORD, Record, journals
 from mla_tools.output.record import MAX_RECORD
 
@@ -19,7 +19,6 @@ __all__ = ["Verified", "verify_output"]
 
 AGAIN = "Convert again, or copy the file again from where it was whole."
 
-_READ_AT_ONCE = 8 << 20
 _WEIGHTS = ".safetensors"
 
 # What people and systems put beside a model, and no reader of models opens.
@@ -52,9 +51,10 @@ def verify_output(
     record = _record(folder)
     problems = []
     total = 0
-    for name, (nbytes, sha256) in sorted(record.files.items()):
+    there = frozenset(folder.names())
+    for name, (nbytes, _) in sorted(record.files.items()):
         total += nbytes
-        problem = _file_problem(folder, record, name, nbytes, sha256, quick)
+        problem = _file_problem(folder, there, record, name, quick)
         if problem is not None:
             problems.append(problem)
         progress(nbytes)
@@ -76,7 +76,7 @@ def verify_output(
 
 def _record(folder: Folder) -> Record:
     """Return the sound record of a folder; CheckpointError or MlaToolsError without one."""
-    folder.names()  # is there such a folder?
+    there = folder.names()
     try:
         with Directory(folder.path) as opened:
             unfinished = bool(journals(opened))
@@ -87,7 +87,7 @@ def _record(folder: Folder) -> Record:
             f"{folder} is unfinished: finish it with mla-sanitize convert --resume, with the options that it"
             " had"
         )
-    if RECORD not in folder.names():
+    if RECORD not in there:
         raise MlaToolsError(
             f"{folder} holds no {RECORD}, so there is nothing to compare it with: it is no output of this"
             " tool, or not a whole one. mla-sanitize inspect looks at any checkpoint."
@@ -131,11 +131,12 @@ def _is_beside(name: str) -> bool:
 
 
 def _file_problem(
-    folder: Folder, record: Record, name: str, nbytes: int, sha256: str, quick: bool
+    folder: Folder, there: Collection[str], record: Record, name: str, quick: bool
 ) -> Problem | None:
-    """Return in what a file is not what it was, or None."""
-    kind = folder.kind(name)
-    if kind == "gone" or name not in folder.names():
+    """Return in what a file is not what it was, or None; `there` are the names in the folder."""
+    nbytes, sha256 = record.files[name]
+    kind = folder.kind(name) if name in there else "gone"
+    if kind == "gone":
         return Problem(shown(name), "is missing", cause=AGAIN)
     if kind == "link":
         return Problem(shown(name), "is a link out of the folder", cause=AGAIN)
@@ -170,6 +171,6 @@ def _header_digest(opened: OpenFile) -> str:
 def _digest(opened: OpenFile, nbytes: int) -> str:
     """Return the sha256 of the first bytes of a file."""
     digest = hashlib.sha256()
-    for offset in range(0, nbytes, _READ_AT_ONCE):
-        digest.update(opened.read(offset, min(_READ_AT_ONCE, nbytes - offset)).data)
+    for piece in pieces(opened, nbytes):
+        digest.update(piece.data)
     return digest.hexdigest()
