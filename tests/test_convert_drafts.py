@@ -167,3 +167,15 @@ def test_the_drafts_of_real_checkpoints_are_complete(
     used = [part for step in plan.steps for source in step.sources for part in source.parts.values()]
     used += [part for drop in plan.drops for part in drop.source.parts.values()]
     assert sorted(used) == sorted(name for name in found.tensors if name.startswith("mtp."))
+
+
+def test_the_source_is_checked_once_for_model_and_drafts(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr("mla_tools.cli.check_source", lambda plan, group: checked.append(plan))
+    out = tmp_path / "out"
+    assert main(["convert", str(sample), "--mlx-path", str(out), "--keep-mtp", "--check-source"]) == 0
+    assert len(checked) == 1
+    for folder in (out, tmp_path / "out-mtp"):
+        assert json.loads((folder / "mla_tools.json").read_text())["source_checked"] is True

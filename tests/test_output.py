@@ -37,7 +37,7 @@ from tiny import (
 from mla_tools import plan as planning
 from mla_tools.cli import main
 from mla_tools.errors import DamagedError, DataError, MlaToolsError
-from mla_tools.execute import execute
+from mla_tools.execute import check_source, execute
 from mla_tools.files.directory import Directory
 from mla_tools.output import INDEX, RECORD, is_complete, provenance
 from mla_tools.output import folder as output_folder
@@ -935,7 +935,10 @@ def test_the_record_says_whether_the_source_was_checked(checked: bool, source: P
     hashes = {name: digest for name, digest in digests(source).items() if name.endswith(".safetensors")}
     for name, digest in hashes.items():
         (notes / f"{name}.metadata").write_text(f"{'c' * 40}\n{digest}\n1.0\n")
-    execute(planned(copy), out, check_source=checked)
+    plan = planned(copy)
+    if checked:
+        check_source(plan)
+    execute(plan, out, source_checked=checked)
     record = json.loads((out / RECORD).read_text())
     assert record["source_checked"] is checked
     assert {name: file["hub_hash"] for name, file in record["source"]["files"].items()} == hashes

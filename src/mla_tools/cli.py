@@ -16,11 +16,11 @@ from mla_tools.architectures import MODEL_TYPES
 from mla_tools.console import ended, say, show, show_json
 from mla_tools.distributed import launched
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
-from mla_tools.execute import execute
+from mla_tools.execute import check_source, execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
 from mla_tools.files.place import LocalFile, read_whole, shown
-from mla_tools.output import check_output, how_to_resume, is_unfinished
+from mla_tools.output import check_output, how_to_resume, is_unfinished, refuse_source
 from mla_tools.plan import (
     MAX_MEMORY,
     NETWORK_THREADS,
@@ -93,7 +93,7 @@ encoded then.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 checkpoint or result wrong, 2 usage, 130 Ctrl-C."""
+    """Run the command and return its exit code, as the help lists them."""
     given = sys.argv[1:] if argv is None else list(argv)
 
     def run() -> int:
@@ -117,8 +117,7 @@ def _convert(args: argparse.Namespace) -> int:
     out = Path(args.mlx_path)
     if ".." in out.parts:  # which may lead through a folder that is not there
         out = out.resolve()
-    if _same(Path(_source(args)), out):
-        raise MlaToolsError(f"{out} is the source itself; choose another folder for the output")
+    refuse_source(out, [Path(_source(args))])
     group = launched()
     if group.rank == 0:
         check_output(out, resume=args.resume, overwrite=args.overwrite)
@@ -130,6 +129,8 @@ def _convert(args: argparse.Namespace) -> int:
     from mla_tools.verify import ManifestCheck
 
     check = ManifestCheck(plan.config, plan.shapes) if group.rank == 0 else None
+    if args.check_source:
+        check_source(plan, group)
     work = [(plan, out)] if drafts is None else [(plan, out), (drafts, beside)]
     done = []
     try:
@@ -142,7 +143,7 @@ def _convert(args: argparse.Namespace) -> int:
                     device=args.device,
                     resume=args.resume,
                     overwrite=args.overwrite,
-                    check_source=args.check_source,
+                    source_checked=args.check_source,
                     group=group,
                     progress=_looking(check, progress),
                     agrees=check.wait if check and each is plan else lambda: None,
@@ -278,14 +279,6 @@ def _source(args: argparse.Namespace) -> str:
     if len(given) != 1:
         raise UsageError("Name one checkpoint: as SRC, or with --hf-path.")
     return str(given[0])
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Return whether two paths lead to one folder or file that is there."""
-    try:
-        return one.samefile(other)
-    except (OSError, ValueError):
-        return False
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:

@@ -27,7 +27,7 @@ from mla_tools.spec import DType
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["Device", "execute", "transform"]
+__all__ = ["Device", "check_source", "execute", "transform"]
 
 # Slabs handed to the threads beyond those in work, so that none waits for the next.
 _AHEAD = 2
@@ -174,7 +174,7 @@ def execute(
     device: Device | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    check_source: bool = False,
+    source_checked: bool = False,
     group: Group | None = None,
     progress: Progress = lambda nbytes: None,
     agrees: Callable[[], None] = lambda: None,
@@ -183,17 +183,15 @@ def execute(
 
     `workload` says with how many threads and how much memory, `device` where to compute (None: MLX's
     default); `group` are the processes that share the work. `resume` finishes an unfinished folder of the
-    same plan, `overwrite` replaces a folder that this tool made. `check_source` reads the source once more
-    beforehand and compares it with the hub's hashes. `progress` is called with the number of bytes just
-    written. `agrees` is called when all tensors are written and raises if the output must not be completed.
+    same plan, `overwrite` replaces a folder that this tool made. `source_checked` is what the record says:
+    whether `check_source` was called before. `progress` is called with the number of bytes just written.
+    `agrees` is called when all tensors are written and raises if the output must not be completed.
     Whatever goes wrong after the first byte, the folder is left visibly unfinished, and the error has a note
     that says how to resume.
     """
     group = group or Alone()
     workload = workload or plan.workload()
     device = _use(device)
-    if check_source:
-        together(group, lambda: check_content(plan.checkpoint, (group.rank, group.size)))
     first = begun(plan, device)
     opened = begin(plan, folder, first, group, resume=resume, overwrite=overwrite)
     if opened is None:
@@ -213,7 +211,7 @@ def execute(
         try:
             together(group, work)
             if group.rank == 0:
-                publish(plan, opened, first["provenance"], checked=check_source)
+                publish(plan, opened, first["provenance"], checked=source_checked)
         except OSError as error:
             fault = MlaToolsError(f"{folder} cannot be written: {error.strerror}")
             fault.add_note(how_to_resume(folder, overwrite=overwrite))
@@ -228,6 +226,15 @@ def execute(
             error.add_note(how_to_resume(folder, overwrite=overwrite))
             raise
     return True
+
+
+def check_source(plan: Plan, group: Group | None = None) -> None:
+    """Raise MlaToolsError unless all weight files of the source have the hashes that the hub gives.
+
+    They are read whole, each by one of the processes of a group.
+    """
+    group = group or Alone()
+    together(group, lambda: check_content(plan.checkpoint, (group.rank, group.size)))
 
 
 def _use(device: Device | None) -> Device:

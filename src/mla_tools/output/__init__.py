@@ -15,6 +15,7 @@ from mla_tools.output.folder import (
     how_to_start_again,
     is_complete,
     is_unfinished,
+    refuse_source,
 )
 from mla_tools.output.journal import Journal, journals
 from mla_tools.output.publishing import publish
@@ -37,4 +38,5 @@ __all__ = [
     "journals",
     "provenance",
     "publish",
+    "refuse_source",
 ]

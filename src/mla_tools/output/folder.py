@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ __all__ = [
     "how_to_start_again",
     "is_complete",
     "is_unfinished",
+    "refuse_source",
 ]
 
 # config.json, the index and the record: more than these ever took.
@@ -224,7 +225,7 @@ def begin(
                     end_journals(opened[0])
                     return False
             if group.rank == 0:
-                _refuse_source(plan, path)
+                refuse_source(path, _homes(plan))
                 _refuse_long_names(plan, path)
                 if opened:
                     _find_again(plan, opened[0], begun, resume=resume, overwrite=overwrite)
@@ -315,15 +316,21 @@ def _make(path: Path) -> Directory:
     return folder
 
 
-def _refuse_source(plan: Plan, path: Path) -> None:
-    """Raise MlaToolsError if the folder holds what is to be read, by that name or behind links."""
+def refuse_source(path: Path, sources: Iterable[Path]) -> None:
+    """Raise MlaToolsError if a path leads to one of the folders from which is read."""
+    for source in sources:
+        with suppress(OSError, ValueError):
+            if path.samefile(source):
+                raise MlaToolsError(f"{path} is the source itself; choose another folder for the output")
+
+
+def _homes(plan: Plan) -> set[Path]:
+    """Return the folders in which the source lies, by that name and behind links."""
     place = plan.checkpoint.place
-    if not place.local or not path.is_dir():
-        return
+    if not place.local:
+        return set()
     source = Path(str(place)).resolve()
-    homes = {source, *((source / shard.name).resolve().parent for shard in plan.checkpoint.shards)}
-    if path.resolve() in homes:
-        raise MlaToolsError(f"{path} is the source itself; choose another folder for the output")
+    return {source, *((source / shard.name).resolve().parent for shard in plan.checkpoint.shards)}
 
 
 def _refuse_long_names(plan: Plan, path: Path) -> None:
