@@ -28,18 +28,16 @@ from mla_tools.codecs import (
     repacking,
 )
 from mla_tools.errors import (
-    INDEX,
     CheckpointError,
     MlaToolsError,
     Problem,
     UsageError,
     clipped,
-    fold_indices,
-    fold_names,
 )
 from mla_tools.files.checkpoint import Checkpoint, Planned, no_collector
 from mla_tools.files.safetensors import Layout, layout
 from mla_tools.kernels import AFFINE_BLOCK, BLOCK
+from mla_tools.names import NUMBER, fold_indices, fold_names, natural
 from mla_tools.ops import Indices, Op, Same
 from mla_tools.precision import expected_error
 from mla_tools.quantization import QuantSpec, recipe_spec
@@ -516,7 +514,7 @@ def _make_steps(
             for key in rule.applications():
                 if not all(name in makers for name in rule.targets(key)):
                     made.problems.append(_missing(rule, key, makers, causes))
-    made.steps.sort(key=lambda step: _natural(step.targets[0].name))
+    made.steps.sort(key=lambda step: natural(step.targets[0].name))
     if made.steps and all(_is_there(step) for step in made.steps):
         made.notes.append("in mlx-lm's own layout already: no tensor is renamed or reshaped")
     _say_what_stays_dense(made, targets, options)
@@ -919,7 +917,7 @@ def _incomplete(
     needed = short(template(rule.source[0]).fold(known, rule.where))
     gathered = rule.gathered
     word = "expert" if gathered[-1:] == ("e",) else "part"
-    numbers = [INDEX.split(name)[-2] for name in missing]
+    numbers = [NUMBER.split(name)[-2] for name in missing]
     few = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     what = f"{word} {few} is missing" if len(missing) == 1 else f"{word}s {few} are missing"
     causes = sorted({lost[name] for name in missing if name in lost})
@@ -1066,13 +1064,6 @@ def _tensors(count: int) -> str:
 # --- the output --------------------------------------------------------------------------------------
 
 
-def _natural(name: str) -> tuple[Any, ...]:
-    """Sort key under which layer 10 comes after layer 9."""
-    pieces: list[Any] = INDEX.split(name)
-    pieces[1::2] = map(int, pieces[1::2])
-    return tuple(pieces)
-
-
 def _output_files(steps: Sequence[Step]) -> tuple[OutputFile, ...]:
     """Fill files in the order of the steps, the parts of a tensor together."""
     shards: list[dict[str, Spec]] = []
@@ -1130,7 +1121,7 @@ def _output_config(config: Mapping[str, Any], made: Steps, options: Options) -> 
             default = default or _source_default(old, made)
             section = dict(default.config)
         section |= images
-        for path in sorted(made.quantized, key=_natural):
+        for path in sorted(made.quantized, key=natural):
             spec = made.quantized[path]
             if spec != default or path in made.named or path in shared:
                 section[path] = {**spec.config, **({GLOBAL_SCALE: True} if path in shared else {})}
@@ -1150,7 +1141,7 @@ def _image_entries(old: object, made: Steps) -> dict[str, Any]:
     """Return the entries of modules for images that are kept with MLX's quantization."""
     paths = (name.removesuffix(".scales") for name in made.images if name.endswith(".scales"))
     given = old if isinstance(old, Mapping) else {}
-    entries = {path: given.get(path, True) for path in sorted(paths, key=_natural)}
+    entries = {path: given.get(path, True) for path in sorted(paths, key=natural)}
     default = _default_entry(old)
     return {path: entry if isinstance(entry, Mapping) else default for path, entry in entries.items()}
 

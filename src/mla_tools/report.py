@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mla_tools.errors import INDEX, CheckpointError, fold_names
+from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import Checkpoint
+from mla_tools.names import NUMBER, fold_names
 from mla_tools.plan import Plan, Source, Step, Steps, Workload
 from mla_tools.rules import short
 
@@ -148,7 +149,7 @@ def _drop_lines(plan: Plan) -> list[str]:
 
 def _layer(name: str) -> str:
     """Return a name up to its first index."""
-    words = INDEX.split(name, maxsplit=1)
+    words = NUMBER.split(name, maxsplit=1)
     return f"{words[0]}.{words[1]}" if len(words) > 1 else name
 
 

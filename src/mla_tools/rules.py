@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from itertools import product
 from typing import NamedTuple
 
-from mla_tools.errors import INDEX, fold_indices
+from mla_tools.names import NUMBER, fold_indices
 from mla_tools.ops import Op, Same
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
@@ -45,7 +45,7 @@ class Name:
         self.text = text
         self.words = tuple(pieces[::2])
         self.indices = tuple(pieces[1::2])
-        if len(INDEX.split(text)) > 1 or "{" in "".join(self.words):
+        if len(NUMBER.split(text)) > 1 or "{" in "".join(self.words):
             raise ValueError(
                 f"{text}: indices are whole components in braces, and numbers are written as indices"
             )
@@ -259,7 +259,7 @@ class Table:
 
     def lookup(self, tensor: str) -> Match | None:
         """Return where a tensor's name belongs, or None if no rule knows it."""
-        pieces = INDEX.split(tensor)
+        pieces = NUMBER.split(tensor)
         entries = self._lookup.get(tuple(pieces[::2]))
         if entries is None:
             module = self._module(tensor)

@@ -8,7 +8,8 @@ from typing import Any
 
 from mla_tools.architectures import blocks, deepseek_v3, deepseek_v32
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.errors import Problem, fold_indices
+from mla_tools.errors import Problem
+from mla_tools.names import fold_indices
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mla_tools.architectures import blocks, deepseek_v3
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.errors import Problem, fold_indices
+from mla_tools.errors import Problem
+from mla_tools.names import fold_indices
 from mla_tools.ops import SwapLastAxes
 from mla_tools.rules import Drop, Param, Rule
 

@@ -20,10 +20,11 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 
-from mla_tools.errors import ChangedError, CheckpointError, MlaToolsError, Problem, fold_names
+from mla_tools.errors import ChangedError, CheckpointError, MlaToolsError, Problem
 from mla_tools.files.directory import partial_name
 from mla_tools.files.place import AGAIN, File, Folder, Place, pieces, read_whole, shown
 from mla_tools.files.safetensors import Header, NotJsonError, parse_object, read_header
+from mla_tools.names import fold_names
 from mla_tools.spec import Spec
 
 __all__ = [
