@@ -93,10 +93,11 @@ def write(
 ) -> None:
     """Write a checkpoint in a format, in so many files or one for each layer; `sparse`: of holes alone."""
     from mla_tools.architectures import table_of
+    from mla_tools.codecs import FORMATS
     from mla_tools.codecs.codec import part_name
     from mla_tools.files.safetensors import layout
     from mla_tools.files.writer import Writer
-    from mla_tools.sample import FORMATS, format_of, write_tokenizer
+    from mla_tools.samples import format_of, write_tokenizer
     from mla_tools.spec import Spec
 
     config: dict[str, Any] = {**CONFIG, "num_hidden_layers": layers, **(changes or {})}

@@ -15,7 +15,7 @@ from mla_tools.cli import main, options_of, parser
 from mla_tools.errors import UsageError
 from mla_tools.plan import Options
 from mla_tools.quantization import RECIPES, QuantSpec
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType
 
 Capture = pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Options, make_plan
 from mla_tools.rules import short
-from mla_tools.sample import write_sample
+from mla_tools.samples import sample_config, write_sample
 
 
 def edited(folder: Path, **keys: Any) -> Path:
@@ -49,7 +49,7 @@ LISTS = {
 def test_layer_lists_that_do_not_divide_the_layers_are_refused(
     family: str, kda: list[int], full: list[int], said: str
 ) -> None:
-    sample = MODEL_TYPES[family].sample
+    sample = sample_config(family)
     numbers = sample.get("text_config", sample)
     lists = {**numbers["linear_attn_config"], "kda_layers": kda, "full_attn_layers": full}
     changed = {**numbers, "linear_attn_config": lists}
@@ -117,7 +117,7 @@ def test_a_null_is_the_default_and_the_output_has_numbers(key: str, four_bits: P
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_decoding_leaves_no_module_quantized_and_the_result_loads(family: str, tmp_path: Path) -> None:
     write_sample(family, tmp_path / "source")
-    halves = [short(name) for name in table_of(MODEL_TYPES[family].sample)[1].targets()]
+    halves = [short(name) for name in table_of(sample_config(family))[1].targets()]
     halves = [path for path in halves if path.endswith(("embed_q", "unembed_out"))]
     both = ["--q-override", "embed_q|unembed_out=4,32"] if halves else []
     convert(tmp_path / "source", tmp_path / "packed", "-q", *both)

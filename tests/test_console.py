@@ -18,7 +18,7 @@ from mla_tools import cli
 from mla_tools.cli import main
 from mla_tools.console import error_json, printable
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 COMMAND = [str(Path(sys.executable).parent / "mla-sanitize")]
 Capture = pytest.CaptureFixture[str]

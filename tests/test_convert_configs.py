@@ -20,7 +20,7 @@ from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Options, Plan, make_plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 TOLERANCE = 1e-5
 

@@ -19,7 +19,7 @@ from mla_tools.cli import main
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.plan import Options, make_draft_plan, make_plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 DSPARK = {"dspark_block_size": 4, "dspark_target_layer_ids": [1, 2, 3], "dspark_noise_token_id": 7}
 

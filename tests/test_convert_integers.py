@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.plan import Plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.weights import sanitize
 
 FAMILIES = ("deepseek_v3", "kimi_linear")

@@ -14,7 +14,7 @@ from conversion import convert
 from mlx_lm.convert import convert as mlx_lm_convert
 
 from mla_tools.architectures import MODEL_TYPES
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 # id -> (our flags, mlx_lm.convert's arguments)
 FLAGS: dict[str, tuple[list[str], dict[str, object]]] = {

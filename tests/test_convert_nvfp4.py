@@ -25,7 +25,7 @@ from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Source, Step, Workload
 from mla_tools.quantization import QuantSpec
-from mla_tools.sample import write_checkpoint, write_sample
+from mla_tools.samples import sample_config, write_checkpoint, write_sample
 from mla_tools.spec import DType, Spec
 
 Arrays = dict[str, mx.array]
@@ -33,8 +33,8 @@ Arrays = dict[str, mx.array]
 FORMATS = ("modelopt-nvfp4", "ct-nvfp4")
 MOES = [
     name
-    for name, family in MODEL_TYPES.items()
-    if any(param.global_scale for _, param in table_of(dict(family.sample))[1].targets().values())
+    for name in MODEL_TYPES
+    if any(param.global_scale for _, param in table_of(sample_config(name))[1].targets().values())
 ]
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 

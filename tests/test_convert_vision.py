@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mla_tools.cli import main
 from mla_tools.plan import Plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 # family -> the modules beside the language model, under the names of the hub.
 MODULES = {

@@ -10,7 +10,7 @@ import pytest
 from ports import free_ports
 
 from mla_tools.distributed import Alone, launched, shares
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 # The command with small files and checkpoints; rank 1 may be told to die when it has done some tensors.
 SCRIPT = """

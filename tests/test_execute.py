@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from safetensors import safe_open
 from tiny import TINY
 
 from mla_tools import plan as plan_module
-from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
@@ -29,7 +27,7 @@ from mla_tools.output import INDEX, RECORD, check_output
 from mla_tools.output import writing as output_writing
 from mla_tools.plan import Options, Plan, Workload, make_plan
 from mla_tools.quantization import QuantSpec
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 SAMPLES = [("deepseek_v3", "bf16"), ("deepseek_v3", "fp8"), ("kimi_linear", "bf16"), ("kimi_linear", "fp8")]
 OPTIONS = {
@@ -109,14 +107,9 @@ def test_the_bytes_do_not_depend_on_slabs_or_chance(
 
 @pytest.mark.parametrize("elements", [1, 128 * 256])
 @pytest.mark.parametrize("fmt", ["bf16", "fp8"])
-def test_slabs_of_one_row_and_of_a_block(
-    fmt: str, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slabs_of_one_row_and_of_a_block(fmt: str, elements: int, tmp_path: Path) -> None:
     # A model small enough for a read per row.
-    family = MODEL_TYPES["deepseek_v3"]
-    tiny = replace(family, sample={**family.sample, **TINY})
-    monkeypatch.setitem(MODEL_TYPES, "deepseek_v3", tiny)
-    write_sample("deepseek_v3", tmp_path / "tiny", fmt)
+    write_sample("deepseek_v3", tmp_path / "tiny", fmt, changes=TINY)
     made = make_plan(open_checkpoint(tmp_path / "tiny"), Options())
     execute(made, tmp_path / "whole")
     execute(made, tmp_path / "cut", workload=slabs_of(elements))

@@ -19,6 +19,7 @@ PICTURE: dict[str, set[str]] = {
     "__main__": {"cli", "isolation"},
     "cli": {
         "architectures",
+        "codecs",
         "console",
         "distributed",
         "execute",
@@ -27,7 +28,7 @@ PICTURE: dict[str, set[str]] = {
         "plan",
         "quantization",
         "report",
-        "sample",
+        "samples",
         "spec",
         "verify",
     },
@@ -50,7 +51,7 @@ PICTURE: dict[str, set[str]] = {
     },
     "overflow": {"spec"},
     "precision": {"quantization", "spec"},
-    "sample": {"architectures", "codecs", "files", "ops", "rules", "spec"},
+    "samples": {"architectures", "codecs", "files", "ops", "rules", "spec"},
     "architectures": {"ops", "quantization", "rules"},
     "rules": {"ops", "quantization", "spec"},
     "ops": {"mla", "spec"},
@@ -67,7 +68,7 @@ PICTURE: dict[str, set[str]] = {
     "names": set(),
 }
 
-FOLDERS = {"architectures", "codecs", "files", "models", "output", "verify"}
+FOLDERS = {"architectures", "codecs", "files", "models", "output", "samples", "verify"}
 
 # Folders that never import one another.
 APART = {"architectures", "codecs", "files"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mla_tools.isolation import trusted_path
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.verify.manifest import child_path
 
 SCRIPTS = Path(sys.executable).parent

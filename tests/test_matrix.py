@@ -31,7 +31,7 @@ from reference import FAMILIES, Logits, checkpoint, hub_logits, mlx_logits, rela
 from mla_tools.codecs import FORMATS
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Options, make_steps
-from mla_tools.sample import write_checkpoint
+from mla_tools.samples import write_checkpoint
 from mla_tools.spec import DType
 
 TOLERANCE = 1e-5

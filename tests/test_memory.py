@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import SLAB_ELEMENTS, Options, make_plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 # A vocabulary of several slabs, and experts that are less than one.
 SIZES = {"vocab_size": 24_000, "hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 2}
@@ -46,12 +44,9 @@ print(json.dumps({"code": code, "peak": peak}), file=sys.stderr)
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("wide")
-    family = MODEL_TYPES["deepseek_v3"]
     made = {fmt: folder / fmt for fmt, _, _ in CASES}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODEL_TYPES, "deepseek_v3", replace(family, sample={**family.sample, **SIZES}))
-        for fmt, path in made.items():
-            write_sample("deepseek_v3", path, fmt)
+    for fmt, path in made.items():
+        write_sample("deepseek_v3", path, fmt, changes=SIZES)
     return made
 
 

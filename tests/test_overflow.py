@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mla_tools.architectures import MODEL_TYPES
 from mla_tools.codecs import FORMATS
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
@@ -22,7 +20,7 @@ from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.overflow import holds_infinity
 from mla_tools.plan import Options, Workload, make_plan
 from mla_tools.quantization import QuantSpec
-from mla_tools.sample import write_checkpoint, write_sample
+from mla_tools.samples import write_checkpoint, write_sample
 from mla_tools.spec import DType
 
 Arrays = dict[str, mx.array]
@@ -74,10 +72,7 @@ def loaded(folder: Path) -> Arrays:
 def tensors(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Arrays]:
     """Return the config and the tensors of a tiny model, in float32."""
     folder = tmp_path_factory.mktemp("tiny") / "f32"
-    family = MODEL_TYPES["deepseek_v3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODEL_TYPES, "deepseek_v3", replace(family, sample={**family.sample, **TINY}))
-        write_sample("deepseek_v3", folder, "f32")
+    write_sample("deepseek_v3", folder, "f32", changes=TINY)
     config = json.loads((folder / "config.json").read_text())
     del config["torch_dtype"]
     return config, loaded(folder)

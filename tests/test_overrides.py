@@ -11,7 +11,7 @@ from conversion import convert
 from mla_tools.cli import main, options_of, parser
 from mla_tools.errors import CheckpointError, UsageError
 from mla_tools.quantization import RECIPES, QuantSpec, recipe_spec
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from mla_tools.ops import Slab
 from mla_tools.plan import Options, Plan, Step, Workload, make_plan, make_steps
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_json
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType, Spec
 
 FLAGS: dict[str, list[str]] = {

@@ -22,7 +22,7 @@ from mla_tools.report import (
     survey_json,
     survey_text,
 )
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 BYTES = [
     (0, "0 B"),

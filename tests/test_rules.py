@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.ops import SplitKvB, Stack, SwapLastAxes
 from mla_tools.rules import Domain, Drop, Match, Param, Rule, Table, name, short
+from mla_tools.samples import sample_config
 
 UP = "layers.{l}.experts.{e}.up.weight"
 STACKED = "layers.{l}.switch.up.weight"
@@ -28,7 +29,7 @@ def experts(layers: Domain = range(1, 3), count: int = 12) -> Rule:
 
 
 def sample_table(family: str) -> Table:
-    return table_of(dict(MODEL_TYPES[family].sample))[1]
+    return table_of(sample_config(family))[1]
 
 
 # --- templates ---------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_every_source_of_a_family_is_found_at_its_own_place(family: str) -> None
 @each_family
 def test_every_target_of_a_family_is_known_as_a_source_too(family: str) -> None:
     # So that a checkpoint which was converted already, and has the config written then, is understood.
-    _, table = table_of(MODEL_TYPES[family].rewritten(MODEL_TYPES[family].sample))
+    _, table = table_of(MODEL_TYPES[family].rewritten(sample_config(family)))
     for target, (shape, param) in table.targets().items():
         match = table.lookup(target)
         assert match is not None, target

@@ -16,7 +16,7 @@ import mla_tools
 from mla_tools import CheckpointError, QuantSpec
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.ops import SplitKvB
-from mla_tools.sample import write_sample
+from mla_tools.samples import sample_config, write_sample
 from mla_tools.verify.child import model_classes
 
 Weights = dict[str, mx.array]
@@ -26,8 +26,8 @@ Sample = Callable[..., tuple[Weights, Config]]
 # The families whose class wants kv_b_proj in two.
 SPLIT = [
     family
-    for family, found in MODEL_TYPES.items()
-    if any(isinstance(rule.op, SplitKvB) for rule in table_of(dict(found.sample))[1].rules)
+    for family in MODEL_TYPES
+    if any(isinstance(rule.op, SplitKvB) for rule in table_of(sample_config(family))[1].rules)
 ]
 # mlx-lm's kimi_vl has the modules of its kimi_k25, but a sanitize that leaves kv_b_proj in one piece.
 SANITIZED_AS = {"kimi_vl": "kimi_k25"}

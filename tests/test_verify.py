@@ -25,7 +25,7 @@ from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.output import INDEX
 from mla_tools.plan import Options, make_plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.verify import ManifestCheck, compare, verify_output
 from mla_tools.verify import manifest as asking
 from mla_tools.verify.child import manifest

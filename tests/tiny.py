@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +14,10 @@ import mlx.core as mx
 import pytest
 
 from mla_tools import plan as planning
-from mla_tools.architectures import MODEL_TYPES
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Options, Plan, Workload, make_plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 # Three files of SHARD_BYTES.
 TINY = {
@@ -67,10 +65,7 @@ def uninterrupted(source: Path, out: Path) -> dict[str, str]:
 
 def write_tiny(folder: Path, dims: Mapping[str, int] = TINY) -> None:
     """Write a checkpoint of a DeepSeek-V3 with these dimensions."""
-    family = MODEL_TYPES["deepseek_v3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODEL_TYPES, "deepseek_v3", replace(family, sample={**family.sample, **dims}))
-        write_sample("deepseek_v3", folder, "bf16")
+    write_sample("deepseek_v3", folder, "bf16", changes=dims)
 
 
 def planned(source: Path, **options: Any) -> Plan:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
+from mla_tools.codecs import FORMATS
 from mla_tools.console import ended, say, show, show_json
 from mla_tools.distributed import launched
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
@@ -34,7 +35,7 @@ from mla_tools.plan import (
     steps_of,
 )
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
-from mla_tools.sample import FORMATS, write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from mla_tools.architectures.geometry import Geometry, Num, label
 from mla_tools.errors import CheckpointError
 from mla_tools.ops import SplitKvB, Stack
 from mla_tools.rules import Rule
+from mla_tools.samples import sample_config
 from mla_tools.verify.child import model_classes
 
 each_family = pytest.mark.parametrize("family", MODEL_TYPES)
@@ -42,16 +43,16 @@ def shapes(rules: list[Rule]) -> dict[str, tuple[int, ...]]:
 
 def model_of(family: str, **keys: Any) -> Any:
     found = MODEL_TYPES[family]
-    config = found.rewritten({**found.sample, **keys})
+    config = found.rewritten({**sample_config(family), **keys})
     model_class, args_class = model_classes(config)
     return model_class(args_class.from_dict(config))
 
 
 def text(family: str, **keys: Any) -> dict[str, Any]:
-    return {"text_config": {**MODEL_TYPES[family].sample["text_config"], **keys}}
+    return {"text_config": {**sample_config(family)["text_config"], **keys}}
 
 
-K3_KDA = MODEL_TYPES["kimi_k3"].sample["text_config"]["linear_attn_config"]
+K3_KDA = sample_config("kimi_k3")["text_config"]["linear_attn_config"]
 
 # Keys that change which tensors there are.
 VARIANTS: list[Any] = [
@@ -115,7 +116,7 @@ VARIANTS: list[Any] = [
 def test_the_targets_of_a_table_are_the_parameters_of_mlx_lms_class(
     family: str, keys: dict[str, Any]
 ) -> None:
-    _, table = table_of({**MODEL_TYPES[family].sample, **keys})
+    _, table = table_of({**sample_config(family), **keys})
     declared = {name: array.shape for name, array in tree_flatten(model_of(family, **keys).parameters())}
     made = {name: tuple(map(int, shape)) for name, (shape, _) in table.targets().items()}
     assert made == declared
@@ -166,7 +167,7 @@ def test_what_keeps_its_dtype_is_what_mlx_lms_class_says(family: str) -> None:
 
 
 def sample_targets(family: str) -> dict[str, Any]:
-    _, table = table_of(dict(MODEL_TYPES[family].sample))
+    _, table = table_of(sample_config(family))
     return dict(table.targets())
 
 
@@ -240,7 +241,7 @@ def test_linear_layers_take_their_bias_along() -> None:
 
 @pytest.mark.parametrize("layer", [4, 5, 9])
 def test_mtp_layers_are_everything_beyond_the_last_layer(layer: int) -> None:
-    _, table = table_of(dict(MODEL_TYPES["deepseek_v3"].sample))
+    _, table = table_of(sample_config("deepseek_v3"))
     own = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head", "embed_tokens")
     attention = ("input_layernorm", "self_attn.kv_b_proj", "self_attn.q_a_layernorm")
     experts = ("mlp.gate", "mlp.experts.7.up_proj", "mlp.shared_experts.down_proj")
@@ -256,7 +257,7 @@ def test_mtp_layers_are_everything_beyond_the_last_layer(layer: int) -> None:
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_linear"])
 def test_rotary_buffers_are_dropped(family: str) -> None:
-    _, table = table_of(dict(MODEL_TYPES[family].sample))
+    _, table = table_of(sample_config(family))
     match = table.lookup("model.layers.0.self_attn.rotary_emb.inv_freq")
     assert match is not None
     assert "rope_theta" in table.drop(match).reason
@@ -265,7 +266,7 @@ def test_rotary_buffers_are_dropped(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["kimi_k25", "kimi_k3"])
 def test_the_image_encoder_of_the_kimi_models_is_dropped_by_name(family: str) -> None:
-    _, table = table_of(dict(MODEL_TYPES[family].sample))
+    _, table = table_of(sample_config(family))
     tower = ("encoder.blocks.26.mlp.fc1.bias", "encoder.final_layernorm.weight", "patch_embed.pos_emb.weight")
     for name in (*(f"vision_tower.{name}" for name in tower), "mm_projector.proj.2.bias"):
         match = table.lookup(name)
@@ -276,7 +277,7 @@ def test_the_image_encoder_of_the_kimi_models_is_dropped_by_name(family: str) ->
 
 
 def test_the_decay_of_kimi_k3_is_padded_to_the_length_of_a_head() -> None:
-    config = dict(MODEL_TYPES["kimi_k3"].sample)
+    config = sample_config("kimi_k3")
     _, table = table_of(config)
     name = "language_model.model.layers.0.self_attn.A_log"
     match = table.lookup(name)
@@ -306,7 +307,7 @@ V41_DROPS = {
 
 @pytest.mark.parametrize("name", V41_DROPS)
 def test_what_mlx_lm_cannot_run_of_deepseek_v41_is_dropped_by_name(name: str) -> None:
-    _, table = table_of(dict(MODEL_TYPES["deepseek_v41"].sample))
+    _, table = table_of(sample_config("deepseek_v41"))
     match = table.lookup(name)
     assert match is not None
     assert table.rule(match) is None
@@ -318,12 +319,12 @@ def test_deepseek_v41_with_engram_memory_is_refused_as_mlx_lm_refuses_it() -> No
     with pytest.raises(ValueError, match="engram"):
         model_of("deepseek_v41", **keys)
     with pytest.raises(CheckpointError, match=r"engram_layer_ids \[1\]"):
-        table_of({**MODEL_TYPES["deepseek_v41"].sample, **keys})
+        table_of({**sample_config("deepseek_v41"), **keys})
 
 
 @pytest.mark.parametrize("family", ["deepseek_v41", "kimi_k3"])
 def test_the_numbers_may_stand_at_the_top(family: str) -> None:
-    sample = MODEL_TYPES[family].sample
+    sample = sample_config(family)
     flat = {**sample["text_config"], "model_type": family}
     assert table_of(flat)[1].targets() == table_of(dict(sample))[1].targets()
     assert "text_config" not in MODEL_TYPES[family].rewritten(flat)
@@ -333,20 +334,20 @@ def test_the_numbers_may_stand_at_the_top(family: str) -> None:
 @pytest.mark.parametrize("given", [7, [], "x"])
 def test_a_text_config_that_is_no_object_is_refused(family: str, given: object) -> None:
     with pytest.raises(CheckpointError, match="text_config cannot be used"):
-        table_of({**MODEL_TYPES[family].sample, "text_config": given})
+        table_of({**sample_config(family), "text_config": given})
 
 
 def test_rope_parameters_inside_a_text_config_become_what_the_class_reads() -> None:
     family = MODEL_TYPES["deepseek_v41"]
-    numbers = dict(family.sample["text_config"])
+    numbers = dict(sample_config("deepseek_v41")["text_config"])
     wanted = {"rope_theta": numbers.pop("rope_theta"), "rope_scaling": numbers.pop("rope_scaling")}
     numbers["rope_parameters"] = {**wanted["rope_scaling"], "rope_theta": wanted["rope_theta"]}
-    found = family.rewritten({**family.sample, "text_config": numbers})["text_config"]
+    found = family.rewritten({**sample_config("deepseek_v41"), "text_config": numbers})["text_config"]
     assert {key: found[key] for key in wanted} == wanted
 
 
 def test_deepseek_v41_needs_a_ratio_for_each_layer() -> None:
     with pytest.raises(CheckpointError, match="at least 4 numbers"):
-        table_of({**MODEL_TYPES["deepseek_v41"].sample, **text("deepseek_v41", compress_ratios=[0])})
+        table_of({**sample_config("deepseek_v41"), **text("deepseek_v41", compress_ratios=[0])})
     with pytest.raises(CheckpointError, match="from 0 to 3"):
-        table_of({**MODEL_TYPES["deepseek_v41"].sample, **text("deepseek_v41", kv_source_layer_ids=[4])})
+        table_of({**sample_config("deepseek_v41"), **text("deepseek_v41", kv_source_layer_ids=[4])})

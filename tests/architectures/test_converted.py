@@ -9,7 +9,7 @@ import pytest
 from conversion import convert
 
 from mla_tools.architectures import MODEL_TYPES
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 
 def load(folder: Path) -> dict[str, mx.array]:

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mla_tools.architectures import MODEL_TYPES, table_of
+from mla_tools.architectures import table_of
 from mla_tools.models.deepseek_v4 import Model, ModelArgs
 from mla_tools.plan import Options, make_steps
 from mla_tools.quantization import QuantSpec
+from mla_tools.samples import sample_config
 from mla_tools.spec import DType, Spec
 
-SAMPLE = MODEL_TYPES["deepseek_v4"].sample
+SAMPLE = sample_config("deepseek_v4")
 size = st.integers(1, 9)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mla_tools.architectures import MODEL_TYPES, family_of, table_of
 from mla_tools.architectures.geometry import Geometry, Num, label
 from mla_tools.errors import CheckpointError
+from mla_tools.samples import sample_config
 
 A, B, C = Num(4, "a 4"), Num(3, "b 3"), Num(2, "c 2")
 
@@ -202,7 +203,7 @@ def test_more_layers_than_any_model_has_are_not_silently_fewer() -> None:
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_every_damaged_number_of_a_config_is_listed_at_once(family: str) -> None:
-    config = dict(MODEL_TYPES[family].sample)
+    config = sample_config(family)
     nested = "text_config" in config
     numbers = dict(config["text_config"] if nested else config)
     damage = {"vocab_size": "x", "hidden_size": -1, "num_attention_heads": True, "v_head_dim": 10**30}
@@ -218,14 +219,14 @@ def test_every_damaged_number_of_a_config_is_listed_at_once(family: str) -> None
 
 
 def test_kimi_linear_layer_lists_out_of_range_are_a_problem() -> None:
-    sample = dict(MODEL_TYPES["kimi_linear"].sample)
+    sample = sample_config("kimi_linear")
     sample["linear_attn_config"] = {**sample["linear_attn_config"], "kda_layers": [0, 1, 5]}
     with pytest.raises(CheckpointError, match="from 1 to 4"):
         table_of(sample)
 
 
 def test_kimi_linear_counts_its_layers_from_1() -> None:
-    sample = dict(MODEL_TYPES["kimi_linear"].sample)
+    sample = sample_config("kimi_linear")
     _, table = table_of(sample)
     kinds = {
         layer: next(kind for kind in ("A_log", "kv_b_proj.weight")
@@ -284,7 +285,7 @@ def test_other_configs_are_refused_with_what_is_known(config: dict[str, Any]) ->
 
 @pytest.mark.parametrize("given", [["BailingMoeV2_5ForCausalLM"], "BailingMoeV2_5ForCausalLM", {"a": 1}])
 def test_ling_2_5_is_refused_by_its_architecture(given: object) -> None:
-    config = {**MODEL_TYPES["bailing_hybrid"].sample, "architectures": given}
+    config = {**sample_config("bailing_hybrid"), "architectures": given}
     with pytest.raises(CheckpointError, match="architecture BailingMoeV3ForCausalLM") as caught:
         table_of(config)
     assert len(caught.value.problems) == 1
@@ -295,7 +296,7 @@ def test_ling_2_5_is_refused_by_its_architecture(given: object) -> None:
     [{}, {"architectures": None}, {"architectures": []}, {"architectures": "BailingMoeV3ForCausalLM"}],
 )
 def test_the_config_of_ling_3_names_the_architecture_that_mlx_lm_goes_by(given: dict[str, Any]) -> None:
-    sample = MODEL_TYPES["bailing_hybrid"].sample
+    sample = sample_config("bailing_hybrid")
     config = {key: value for key, value in sample.items() if key != "architectures"} | given
     family, _ = table_of(config)
     assert family.rewritten(config)["architectures"] == ["BailingMoeV3ForCausalLM"]
@@ -306,7 +307,7 @@ def test_the_config_of_ling_3_names_the_architecture_that_mlx_lm_goes_by(given: 
     [("joyai_llm_flash", "deepseek_v3"), ("deepseek_v41_text", "deepseek_v41"), ("youtu", "youtu_llm")],
 )
 def test_a_second_name_is_written_as_the_one_of_mlx_lms_class(alias: str, family: str) -> None:
-    config = {**MODEL_TYPES[family].sample, "model_type": alias}
+    config = {**sample_config(family), "model_type": alias}
     found, _ = table_of(config)
     assert found is MODEL_TYPES[family]
     assert found.rewritten(config)["model_type"] == family

@@ -26,7 +26,7 @@ from mla_tools.files.place import Kind
 from mla_tools.plan import Options, make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_text
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType
 
 # Returns a number from 0 up to but not including the one that it is given.

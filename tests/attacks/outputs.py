@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,6 @@ from attacks.mutations import VALUES, Pick
 
 from mla_tools import execute as executing
 from mla_tools import plan as planning
-from mla_tools.architectures import MODEL_TYPES
 from mla_tools.console import printable
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.execute import execute
@@ -37,7 +36,7 @@ from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.place import shown
 from mla_tools.output import check_output, writing
 from mla_tools.plan import Options, Plan, Workload, make_plan
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType
 from mla_tools.verify import verify_output
 
@@ -143,9 +142,7 @@ def bench() -> Bench:
     shm = Path("/dev/shm")
     home = TemporaryDirectory(dir=shm if shm.is_dir() else None)
     root = Path(home.name)
-    family = MODEL_TYPES["deepseek_v3"]
-    with patch.dict(MODEL_TYPES, deepseek_v3=replace(family, sample={**family.sample, **TINY})):
-        write_sample("deepseek_v3", root / "source", "bf16")
+    write_sample("deepseek_v3", root / "source", "bf16", changes=TINY)
     with patch.object(planning, "SHARD_BYTES", SHARD_BYTES):
         plan, other = (
             make_plan(open_checkpoint(root / "source"), options)

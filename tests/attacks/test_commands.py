@@ -18,11 +18,11 @@ from attacks.hostile import entry, folder_with_config, index, packed, shard, tab
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.cli import main
-from mla_tools.sample import write_sample
+from mla_tools.samples import sample_config, write_sample
 
 COMMANDS = ("inspect", "plan", "convert")
-CONFIG = dict(MODEL_TYPES["deepseek_v3"].sample)
-NGRAM = {**MODEL_TYPES["longcat_flash_ngram"].sample, "model_type": "longcat_flash_ngram"}
+CONFIG = sample_config("deepseek_v3")
+NGRAM = {**sample_config("longcat_flash_ngram"), "model_type": "longcat_flash_ngram"}
 ONE = "model.safetensors"
 AGAIN = "  Download the file again; an interrupted download leaves files like this."
 NO_NUMBER = "  Other readers of JSON refuse the file or read something else: correct the number."

@@ -18,7 +18,7 @@ import pytest
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.cli import main
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00002.safetensors"

@@ -17,7 +17,7 @@ from mla_tools.codecs.codec import Module
 from mla_tools.codecs.fp4 import SAMPLES, Fp4
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType, Spec
 
 NV = Fp4(False, overall="_scale_2", dtypes=(DType.U8, DType.F8_E4M3))

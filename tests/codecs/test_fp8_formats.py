@@ -26,7 +26,7 @@ from mla_tools.codecs.fp8_block import MXFP8, Fp8Block
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.quantization import QuantSpec
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType, Spec
 from mla_tools.weights import sanitize
 

@@ -11,7 +11,7 @@ from attacks.hostile import SHARDS, folder_with_config, folder_with_shards, inde
 
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.place import Folder
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 from mla_tools.spec import DType, Spec
 
 ONE, TWO, THREE = SHARDS

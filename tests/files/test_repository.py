@@ -32,7 +32,7 @@ from mla_tools.files.reader import Reader
 from mla_tools.output import RECORD
 from mla_tools.plan import Options, make_plan
 from mla_tools.quantization import QuantSpec
-from mla_tools.sample import write_sample
+from mla_tools.samples import write_sample
 
 WINDOW = 1 << 17  # what a repository reads beyond what it is asked for
 

@@ -27,7 +27,7 @@ from ports import free_ports
 from reference_v4 import CONFIG, CONFIGS, Torch, reference, relative, renamed, tokens
 
 from mla_tools.models.deepseek_v4 import Model, ModelArgs
-from mla_tools.sample import write_tokenizer
+from mla_tools.samples import write_tokenizer
 
 # Float32 has 6e-8; the logits of both lie about 1e-6 apart after 6 layers.
 TOLERANCE = 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import Problem
 from mla_tools.ops import SwapLastAxes
@@ -110,50 +110,6 @@ FAMILY = blocks.Family(
     "bailing_hybrid",
     "bailing_hybrid",
     build,
-    {
-        "model_type": "bailing_hybrid",
-        "architectures": [ARCHITECTURE],
-        **{
-            key: deepseek_v3.SAMPLE[key]
-            for key in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "moe_intermediate_size",
-                "num_hidden_layers",
-                "first_k_dense_replace",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "num_experts_per_tok",
-                "n_group",
-                "topk_group",
-                "norm_topk_prob",
-                "routed_scaling_factor",
-                "kv_lora_rank",
-                "qk_nope_head_dim",
-                "qk_rope_head_dim",
-                "v_head_dim",
-                "num_nextn_predict_layers",
-                "max_position_embeddings",
-                "rms_norm_eps",
-                "tie_word_embeddings",
-                "torch_dtype",
-            )
-        },
-        "q_lora_rank": None,
-        "num_experts": 8,
-        "num_shared_experts": 1,
-        "moe_shared_expert_intermediate_size": 128,
-        "layer_group_size": 2,
-        "head_dim": 64,
-        "short_conv_kernel_size": 4,
-        "kda_lower_bound": -5.0,
-        "kda_safe_gate": True,
-        "no_kda_lora": True,
-        "rope_interleave": True,
-        "rope_theta": 6000000,
-        "rope_scaling": None,
-    },
     # mlx-lm's class takes 256 where the key is absent; such checkpoints have a q_proj.
     defaults={"q_lora_rank": None},
     architectures=(ARCHITECTURE,),

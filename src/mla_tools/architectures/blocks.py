@@ -70,12 +70,12 @@ Builder = Callable[[Geometry], tuple[list[Rule], list[Drop]]]
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its table, what its config must say, and a tiny config for samples.
+    """One architecture: its table, and what its config must say.
 
     `model_type` names mlx-lm's class. `defaults` are keys that this class needs and that checkpoints
     leave out, with the value that the reference implementation uses then. `architectures` recognise a
-    config without a model_type. `sample` is a config in the hub's spelling, and `float32` are the
-    endings of the tensors that the hub's checkpoints store in F32.
+    config without a model_type. `float32` are the endings of the tensors that the hub's checkpoints store
+    in F32.
 
     `section` is the key of config.json under which the language model's numbers stand in a multimodal
     config, and `inside` are the model_types that may stand there, none for any; with `flat` the numbers
@@ -92,7 +92,6 @@ class Family:
     name: str
     model_type: str
     build: Builder
-    sample: Mapping[str, Any]
     defaults: Mapping[str, Any] | None = None
     architectures: tuple[str, ...] = ()
     float32: tuple[str, ...] = ("e_score_correction_bias", "inv_freq")
@@ -156,7 +155,6 @@ class Family:
 def wrapped(
     inner: Family,
     model_type: str,
-    sample: Mapping[str, Any],
     *,
     inside: tuple[str, ...] = (),
     flat: bool = False,
@@ -197,7 +195,6 @@ def wrapped(
         name=model_type,
         model_type=model_type,
         build=build,
-        sample={**sample, "text_config": inner.sample},
         architectures=architectures,
         section="text_config",
         inside=inside,

@@ -9,7 +9,7 @@ from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.rules import Domain, Drop, Rule
 
-__all__ = ["FAMILY", "SAMPLE", "decoder"]
+__all__ = ["FAMILY", "decoder"]
 
 
 def decoder(
@@ -50,64 +50,5 @@ def decoder(
     return rules, drops
 
 
-SAMPLE = {
-    "model_type": "deepseek_v3",
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-    "num_nextn_predict_layers": 1,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 4,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 1024,
-    },
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-
-FAMILY = blocks.Family(
-    "deepseek_v3", "deepseek_v3", decoder, SAMPLE, architectures=("DeepseekV3ForCausalLM",)
-)
-KIMI_K2 = blocks.Family(
-    "kimi_k2",
-    "kimi_k2",
-    partial(decoder, rotary=True),
-    # Without yarn: transformers does not know this model_type, and its tokenizer loader ends in an
-    # AttributeError on such a config with yarn unless it may run the checkpoint's own code.
-    {
-        **SAMPLE,
-        "model_type": "kimi_k2",
-        "n_group": 1,
-        "num_nextn_predict_layers": 0,
-        "rope_scaling": None,
-    },
-)
+FAMILY = blocks.Family("deepseek_v3", "deepseek_v3", decoder, architectures=("DeepseekV3ForCausalLM",))
+KIMI_K2 = blocks.Family("kimi_k2", "kimi_k2", partial(decoder, rotary=True))

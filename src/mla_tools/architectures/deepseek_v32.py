@@ -36,14 +36,6 @@ FAMILY = blocks.Family(
     "deepseek_v32",
     "deepseek_v32",
     build,
-    {
-        **deepseek_v3.SAMPLE,
-        "model_type": "deepseek_v32",
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "index_head_dim": 64,
-        "index_n_heads": 4,
-        "index_topk": 2048,
-    },
     architectures=("DeepseekV32ForCausalLM",),
     # All norms, unlike V3; the indexer's k_norm is a LayerNorm.
     float32=("e_score_correction_bias", "norm.weight", "norm.bias"),

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import OPEN, Geometry, label
 from mla_tools.errors import Problem
 from mla_tools.ops import CutRows, Indices, Op, Same, SplitRows, Stack, StackRows
@@ -404,60 +404,10 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_SAMPLE: dict[str, Any] = {
-    "model_type": "deepseek_v4",
-    "architectures": ["DeepseekV4ForCausalLM"],
-    **{
-        key: deepseek_v3.SAMPLE[key]
-        for key in ("vocab_size", "hidden_size", "moe_intermediate_size", "max_position_embeddings")
-    },
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 128,
-    "qk_rope_head_dim": 32,
-    "q_lora_rank": 128,
-    "o_groups": 2,
-    "o_lora_rank": 128,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "routed_scaling_factor": 1.5,
-    "scoring_func": "sqrtsoftplus",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "swiglu_limit": 10.0,
-    "num_hash_layers": 1,
-    "sliding_window": 16,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-    "index_n_heads": 4,
-    "index_head_dim": 64,
-    "index_topk": 8,
-    "rope_theta": 10000,
-    "compress_rope_theta": 160000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 4,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "original_max_position_embeddings": 1024,
-    },
-    "num_nextn_predict_layers": 1,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "expert_dtype": "fp4",
-    # The last number is that of a draft layer.
-    "compress_ratios": [0, 4, 128, 4, 0],
-    "torch_dtype": "bfloat16",
-}
-
 FAMILY = blocks.Family(
     "deepseek_v4",
     "deepseek_v4",
     build,
-    _SAMPLE,
     # What the class needs and transformers has defaults for.
     defaults={"n_shared_experts": 1, "hc_mult": 4, "compress_rope_theta": 160000.0},
     architectures=("DeepseekV4ForCausalLM",),

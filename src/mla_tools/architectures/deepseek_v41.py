@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import OPEN, Geometry
 from mla_tools.errors import Problem, clipped
 from mla_tools.ops import StackRows
@@ -191,58 +191,6 @@ FAMILY = blocks.Family(
     "deepseek_v41",
     "deepseek_v41",
     build,
-    {
-        "model_type": "deepseek_v41",
-        "architectures": ["DeepseekV41ForCausalLM"],
-        "torch_dtype": "bfloat16",
-        "text_config": {
-            "model_type": "deepseek_v41_text",
-            **{
-                key: deepseek_v3.SAMPLE[key]
-                for key in ("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers")
-            },
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 128,
-            "q_lora_rank": 64,
-            "qk_rope_head_dim": 32,
-            "o_groups": 2,
-            "o_lora_rank": 64,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "scoring_func": "sqrtsoftplus",
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 1.5,
-            "swiglu_limit": 10.0,
-            "rms_norm_eps": 1e-20,
-            "sliding_window": 8,
-            # The last number is that of an MTP layer.
-            "compress_ratios": [0, 2, 1, 1, 0],
-            "kv_source_layer_ids": [1, 2],
-            "index_source_layer_ids": [1, 2, 3],
-            "candidate_source_layer_id": 2,
-            "candidate_topk_blocks": 2,
-            "candidate_block_size": 2,
-            "index_n_heads": 4,
-            "index_head_dim": 64,
-            "index_topk": 4,
-            "compress_rope_theta": 160000.0,
-            "rope_theta": 10000.0,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 4,
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "original_max_position_embeddings": 1024,
-            },
-            "max_position_embeddings": 4096,
-            "hc_mult": 4,
-            "hc_sinkhorn_iters": 20,
-            "hc_eps": 1e-6,
-            "engram_layer_ids": [],
-        },
-    },
     architectures=("DeepseekV41ForCausalLM",),
     section="text_config",
     flat=True,

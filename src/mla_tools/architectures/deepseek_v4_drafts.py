@@ -56,7 +56,6 @@ def drafter(shapes: Shapes) -> blocks.Family | None:
         name,
         name,
         build,
-        {},
         defaults={"n_shared_experts": 1, "hc_mult": 4},
         rewrite=partial(_config, count=len(layers), rank=rank),
         refuse=_refuse if kind == "dspark" else None,

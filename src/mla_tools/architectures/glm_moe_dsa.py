@@ -66,19 +66,6 @@ FAMILY = blocks.Family(
     "glm_moe_dsa",
     "glm_moe_dsa",
     build,
-    {
-        **{k: v for k, v in deepseek_v3.SAMPLE.items() if k not in ("rope_theta", "rope_scaling")},
-        "model_type": "glm_moe_dsa",
-        "architectures": ["GlmMoeDsaForCausalLM"],
-        "n_group": 1,
-        "v_head_dim": 128,
-        "index_head_dim": 64,
-        "index_n_heads": 4,
-        "index_topk": 2048,
-        "indexer_rope_interleave": True,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
-    },
     # mlx-lm's ModelArgs asks for these keys, which transformers does without.
     defaults={
         "attention_bias": False,

@@ -18,11 +18,6 @@ FAMILY = blocks.wrapped(
     # K2.5 stores no rotary buffers, unlike K2.
     replace(deepseek_v3.KIMI_K2, build=deepseek_v3.decoder),
     "kimi_k25",
-    {
-        "model_type": "kimi_k25",
-        "architectures": ["KimiK25ForConditionalGeneration"],
-        "torch_dtype": "bfloat16",
-    },
     inside=("kimi_k2", "deepseek_v3"),
     dropped=IMAGES,
     architectures=("KimiK25ForConditionalGeneration",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from mla_tools.architectures import blocks, kimi_k25, kimi_linear
 from mla_tools.architectures.geometry import Geometry
@@ -122,46 +121,14 @@ def decoder(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     return rules, drops
 
 
-_TEXT: dict[str, Any] = {
-    **{
-        key: value
-        for key, value in kimi_linear.FAMILY.sample.items()
-        if key not in ("num_nextn_predict_layers", "model_max_length", "torch_dtype", "head_dim")
-    },
-    "q_lora_rank": 128,
-    "mla_use_output_gate": True,
-    "hidden_act": "situ",
-    "activation_situ_beta": 4.0,
-    "activation_situ_linear_beta": 25.0,
-    "attn_res_block_size": 2,
-    "routed_expert_hidden_size": 64,
-    "latent_moe_use_norm": True,
-    "max_position_embeddings": 4096,
-    "linear_attn_config": {
-        "full_attn_layers": [4],
-        "kda_layers": [1, 2, 3],
-        "head_dim": 64,
-        "num_heads": 4,
-        "short_conv_kernel_size": 4,
-        "gate_lower_bound": -5.0,
-        "use_full_rank_gate": True,
-    },
-}
-
 FAMILY = blocks.wrapped(
     blocks.Family(
         "kimi_k3",
         "kimi_linear",
         decoder,
-        _TEXT,
         float32=("A_log", "dt_bias", "e_score_correction_bias", "o_norm.weight", "conv1d.weight"),
     ),
     "kimi_k3",
-    {
-        "model_type": "kimi_k3",
-        "architectures": ["KimiK3ForConditionalGeneration"],
-        "torch_dtype": "bfloat16",
-    },
     flat=True,
     dropped=kimi_k25.IMAGES,
     architectures=("KimiK3ForConditionalGeneration",),

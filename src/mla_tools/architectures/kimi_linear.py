@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import Problem
 from mla_tools.names import fold_indices
@@ -100,52 +100,6 @@ FAMILY = blocks.Family(
     "kimi_linear",
     "kimi_linear",
     build,
-    {
-        "model_type": "kimi_linear",
-        "architectures": ["KimiLinearForCausalLM"],
-        **{
-            key: deepseek_v3.SAMPLE[key]
-            for key in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "moe_intermediate_size",
-                "num_hidden_layers",
-                "first_k_dense_replace",
-                "moe_layer_freq",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "kv_lora_rank",
-                "qk_nope_head_dim",
-                "qk_rope_head_dim",
-                "v_head_dim",
-                "rope_theta",
-                "tie_word_embeddings",
-                "torch_dtype",
-            )
-        },
-        "head_dim": 64,
-        "q_lora_rank": None,
-        "mla_use_nope": True,
-        "num_experts": 8,
-        "num_experts_per_token": 2,
-        "num_shared_experts": 1,
-        "moe_router_activation_func": "sigmoid",
-        "moe_renormalize": True,
-        "routed_scaling_factor": 2.446,
-        "num_expert_group": 1,
-        "topk_group": 1,
-        "rms_norm_eps": 1e-5,
-        "num_nextn_predict_layers": 0,
-        "model_max_length": 4096,
-        "linear_attn_config": {
-            "full_attn_layers": [4],
-            "kda_layers": [1, 2, 3],
-            "head_dim": 64,
-            "num_heads": 4,
-            "short_conv_kernel_size": 4,
-        },
-    },
     # mlx-lm's ModelArgs asks for the key and never reads it.
     defaults={"model_max_length": 4096},
     architectures=("KimiLinearForCausalLM",),

@@ -6,9 +6,8 @@ The ngram variant (LongCat-Flash-Lite) adds embeddings of token n-grams.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import OPEN, Geometry
 from mla_tools.rules import Drop, Param, Rule
 
@@ -83,34 +82,6 @@ def _mtp(g: Geometry) -> list[Drop]:
     return [Drop(rule.source[0], reason, rule.where, rule.shapes[0]) for rule in [*inside, *outside]]
 
 
-_SAMPLE: dict[str, Any] = {
-    "architectures": ["LongcatFlashForCausalLM"],
-    "num_layers": 2,
-    "hidden_size": 256,
-    "ffn_hidden_size": 512,
-    "expert_ffn_hidden_size": 128,
-    "num_attention_heads": 4,
-    "n_routed_experts": 8,
-    "zero_expert_num": 4,
-    "zero_expert_type": "identity",
-    "moe_topk": 2,
-    "routed_scaling_factor": 6.0,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-    "mla_scale_q_lora": True,
-    "mla_scale_kv_lora": True,
-    "rope_theta": 10000000.0,
-    "vocab_size": deepseek_v3.SAMPLE["vocab_size"],
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "attention_method": "MLA",
-    "attention_bias": False,
-    "torch_dtype": "bfloat16",
-}
-
 _DEFAULTS = {"attention_bias": False, "attention_method": "MLA", "zero_expert_type": "identity"}
 
 _FLOAT32 = ("classifier.weight", "e_score_correction_bias")
@@ -119,7 +90,6 @@ FAMILY = blocks.Family(
     "longcat_flash",
     "longcat_flash",
     build,
-    _SAMPLE,
     defaults={**_DEFAULTS, "model_type": "longcat_flash"},
     architectures=("LongcatFlashForCausalLM",),
     float32=_FLOAT32,
@@ -128,14 +98,6 @@ NGRAM = blocks.Family(
     "longcat_flash_ngram",
     "longcat_flash_ngram",
     build_ngram,
-    {
-        **_SAMPLE,
-        "architectures": ["LongcatFlashNgramForCausalLM"],
-        "hidden_size": 384,
-        "ngram_vocab_size_ratio": 2,
-        "emb_neighbor_num": 4,
-        "emb_split_num": 2,
-    },
     defaults={**_DEFAULTS, "model_type": "longcat_flash_ngram"},
     architectures=("LongcatFlashNgramForCausalLM",),
     float32=_FLOAT32,

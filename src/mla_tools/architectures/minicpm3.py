@@ -87,22 +87,6 @@ FAMILY = blocks.Family(
     "minicpm3",
     "minicpm3",
     build,
-    {
-        **{key: value for key, value in youtu_llm.FAMILY.sample.items() if key != "v_head_dim"},
-        "model_type": "minicpm3",
-        "architectures": ["MiniCPM3ForCausalLM"],
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "rope_scaling": {
-            "type": "longrope",
-            "short_factor": [1.0 + n / 16 for n in range(16)],
-            "long_factor": [1.0 + n / 16 for n in range(16)],
-            "original_max_position_embeddings": 4096,
-        },
-        "scale_emb": 12,
-        "scale_depth": 1.4,
-        "dim_model_base": 256,
-    },
     # What the reference takes where the keys are missing, as in MiniCPM3-4B; mlx-lm takes other values
     # for the first two and asks for the others.
     defaults={

@@ -5,7 +5,7 @@ On the hub it is the language model of a mistral3 config, beside a vision tower.
 
 from __future__ import annotations
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.rules import Drop, Rule
 
@@ -45,20 +45,6 @@ FAMILY = blocks.Family(
     "mistral4",
     "mistral4",
     build,
-    {
-        **{
-            key: value
-            for key, value in deepseek_v3.SAMPLE.items()
-            if not key.startswith(("rope_", "topk_method", "scoring_", "num_nextn", "moe_layer_freq"))
-        },
-        "model_type": "mistral4",
-        "architectures": ["Mistral4ForCausalLM"],
-        "first_k_dense_replace": 0,
-        "n_group": 1,
-        "routed_scaling_factor": 1.0,
-        "rope_interleave": True,
-        "rope_parameters": {**_ROPE, "factor": 4.0, "original_max_position_embeddings": 1024},
-    },
     # transformers has defaults for these; mlx-lm's ModelArgs asks for them.
     defaults={
         "first_k_dense_replace": 0,
@@ -76,13 +62,6 @@ FAMILY = blocks.Family(
 MULTIMODAL = blocks.wrapped(
     FAMILY,
     "mistral3",
-    {
-        "model_type": "mistral3",
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "image_token_index": 10,
-        "vision_config": {"model_type": "pixtral", "hidden_size": 64, "num_hidden_layers": 1},
-        "torch_dtype": "bfloat16",
-    },
     inside=("mistral4",),
     # Under the names of the files on the hub, and under those of transformers 5 in memory.
     spellings=(("model.language_model.", ""),),

@@ -12,12 +12,21 @@ from mlx_lm.utils import load_model, load_tokenizer
 from reference import second_scales_on_a_cpu
 from transformers import AutoTokenizer
 
-from mla_tools.architectures import MODEL_TYPES
+from mla_tools import samples
+from mla_tools.architectures import MODEL_TYPES, family_of
+from mla_tools.codecs import FORMATS
 from mla_tools.errors import MlaToolsError, UsageError
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.sample import FORMATS, write_sample, write_tokenizer
+from mla_tools.samples import sample_config, write_sample, write_tokenizer
 
 TEXT = "héllo wörld 🙂"
+
+
+def test_each_family_has_a_config_that_names_it_and_nothing_else_is_there() -> None:
+    configs = {path.name for path in (Path(samples.__file__).parent / "configs").iterdir()}
+    assert configs == {f"{family.name}.json" for family in MODEL_TYPES.values()}
+    for name, family in MODEL_TYPES.items():
+        assert family_of(sample_config(name)) is family
 
 
 def contents(folder: Path) -> dict[str, bytes]:
