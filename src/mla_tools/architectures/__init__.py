@@ -25,7 +25,7 @@ from mla_tools.architectures import (
     mistral4,
     youtu_llm,
 )
-from mla_tools.architectures.blocks import Family
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import CheckpointError, Problem, clipped
 from mla_tools.rules import Table

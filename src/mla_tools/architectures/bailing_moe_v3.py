@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.architectures.rope import Config, flat_rope
 from mla_tools.errors import Problem
 from mla_tools.ops import SwapLastAxes
 from mla_tools.rules import Drop, Rule
@@ -101,12 +103,12 @@ def _check_architecture(g: Geometry) -> None:
         )
 
 
-def _rewrite(config: blocks.Config) -> blocks.Config:
+def _rewrite(config: Config) -> Config:
     # Without the architecture mlx-lm takes the class of Ling 2.5.
-    return {**blocks.flat_rope(config), "architectures": [ARCHITECTURE]}
+    return {**flat_rope(config), "architectures": [ARCHITECTURE]}
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "bailing_hybrid",
     "bailing_hybrid",
     build,

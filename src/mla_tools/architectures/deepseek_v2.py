@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.family import Family, refusal
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.architectures.rope import flat_rope, rope_parameters, rope_type
 from mla_tools.errors import Problem, clipped
 from mla_tools.rules import Drop, Rule
 
@@ -21,7 +23,7 @@ def build(geometry: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rope keys; mlx-lm's class wants yarn, which is the plain rope where the factor is 1."""
-    rope = blocks.flat_rope(config)
+    rope = flat_rope(config)
     if not {**config, **rope}.get("rope_scaling"):
         rope["rope_scaling"] = {"type": "yarn", "factor": 1.0}
     return rope
@@ -29,13 +31,13 @@ def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Refuse the ropes that mlx-lm 0.32.2 would take for yarn."""
-    kind = blocks.rope_type(blocks.rope_parameters(config))
+    kind = rope_type(rope_parameters(config))
     if kind in ("default", "yarn"):
         return []
-    return [blocks.refusal("its rope is yarn or none", found=f"rope_type {clipped(kind)}")]
+    return [refusal("its rope is yarn or none", found=f"rope_type {clipped(kind)}")]
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "deepseek_v2",
     "deepseek_v2",
     build,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.rules import Domain, Drop, Rule
 
@@ -50,5 +51,5 @@ def decoder(
     return rules, drops
 
 
-FAMILY = blocks.Family("deepseek_v3", "deepseek_v3", decoder, architectures=("DeepseekV3ForCausalLM",))
-KIMI_K2 = blocks.Family("kimi_k2", "kimi_k2", partial(decoder, rotary=True))
+FAMILY = Family("deepseek_v3", "deepseek_v3", decoder, architectures=("DeepseekV3ForCausalLM",))
+KIMI_K2 = Family("kimi_k2", "kimi_k2", partial(decoder, rotary=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.rules import Drop, Rule
 
@@ -32,7 +33,7 @@ def build(geometry: Geometry) -> tuple[list[Rule], list[Drop]]:
     return deepseek_v3.decoder(geometry, attention)
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "deepseek_v32",
     "deepseek_v32",
     build,

@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import OPEN, Geometry, label
+from mla_tools.architectures.rope import flat_rope, rope_type
 from mla_tools.errors import Problem
 from mla_tools.ops import CutRows, Indices, Op, Same, SplitRows, Stack, StackRows
 from mla_tools.rules import Domain, Drop, Param, Rule
@@ -360,14 +362,14 @@ def hub_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         found["qk_rope_head_dim"] = int(part * size) if 0 < part <= 1 else None
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or not isinstance(rope.get("compress"), Mapping):
-        return {**found, **blocks.flat_rope(config)}
+        return {**found, **flat_rope(config)}
     main, scaling = rope.get("main"), dict(rope["compress"])
     if isinstance(main, Mapping) and "rope_theta" in main:
         found["rope_theta"] = main["rope_theta"]
     if "rope_theta" in scaling:
         found["compress_rope_theta"] = scaling["rope_theta"]
     scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    found["rope_scaling"] = None if blocks.rope_type(scaling) == "default" else scaling
+    found["rope_scaling"] = None if rope_type(scaling) == "default" else scaling
     return found
 
 
@@ -380,7 +382,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     scored = mlps[count:] if isinstance(mlps, list) and isinstance(count, int) else []
     found = {
         "scores other than sqrtsoftplus": keys.get("scoring_func", "sqrtsoftplus") != "sqrtsoftplus",
-        "rope other than yarn": blocks.rope_type(scaling) not in ("default", "yarn"),
+        "rope other than yarn": rope_type(scaling) not in ("default", "yarn"),
         "yarn that scales the attention": scaling.get("attention_factor", 1.0) != 1.0,
         "a tied output head": bool(keys.get("tie_word_embeddings")),
         "layers that hash tokens after others": "hash_moe" in scored,
@@ -404,7 +406,7 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "deepseek_v4",
     "deepseek_v4",
     build,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import OPEN, Geometry
 from mla_tools.errors import Problem, clipped
 from mla_tools.ops import StackRows
@@ -187,7 +188,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     return rules, left_out(g, layers)
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "deepseek_v41",
     "deepseek_v41",
     build,

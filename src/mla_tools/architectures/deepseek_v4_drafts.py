@@ -13,6 +13,7 @@ from typing import Any
 
 from mla_tools.architectures import blocks
 from mla_tools.architectures.deepseek_v4 import Place, attention, collapse, connections, mixture
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import CheckpointError, Problem
 from mla_tools.rules import Drop, Param, Rule
@@ -28,7 +29,7 @@ _KEPT = Param(cast=False)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def drafter(shapes: Shapes) -> blocks.Family | None:
+def drafter(shapes: Shapes) -> Family | None:
     """Return the family of the draft layers among the stored tensors of a checkpoint, if it has some.
 
     Raises CheckpointError for layers that mlx-vlm has no drafter for.
@@ -52,7 +53,7 @@ def drafter(shapes: Shapes) -> blocks.Family | None:
             [Problem("mtp", "mlx-vlm has no drafter for these layers", needed, f"layers {layers}")]
         )
     name = f"deepseek_v4_{kind}"
-    return blocks.Family(
+    return Family(
         name,
         name,
         build,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import deepseek_v3
+from mla_tools.architectures.family import Family
 
 __all__ = ["FAMILY"]
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "glm4_moe_lite",
     "glm4_moe_lite",
     deepseek_v3.decoder,

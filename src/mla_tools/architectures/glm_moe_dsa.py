@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from mla_tools.architectures import blocks, deepseek_v3, deepseek_v32
+from mla_tools.architectures.family import Family, refusal
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.architectures.rope import nested_rope
 from mla_tools.errors import Problem
 from mla_tools.names import fold_indices
 from mla_tools.rules import Drop, Rule
@@ -52,7 +54,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     if not shared:
         return []
     return [
-        blocks.refusal(
+        refusal(
             "it lets each layer choose its keys",
             needed="an indexer in each layer",
             found=f"layers {fold_indices(shared)} use the keys that an earlier layer has chosen",
@@ -62,7 +64,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "glm_moe_dsa",
     "glm_moe_dsa",
     build,
@@ -75,6 +77,6 @@ FAMILY = blocks.Family(
         "topk_method": "noaux_tc",
     },
     architectures=("GlmMoeDsaForCausalLM",),
-    rewrite=blocks.nested_rope,
+    rewrite=nested_rope,
     refuse=refuse,
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import deepseek_v3
+from mla_tools.architectures.family import wrapped
 
 __all__ = ["FAMILY", "IMAGES"]
 
@@ -14,7 +15,7 @@ IMAGES = {
     "mm_projector": "image projector, not part of the language model",
 }
 
-FAMILY = blocks.wrapped(
+FAMILY = wrapped(
     # K2.5 stores no rotary buffers, unlike K2.
     replace(deepseek_v3.KIMI_K2, build=deepseek_v3.decoder),
     "kimi_k25",

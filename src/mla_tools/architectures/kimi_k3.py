@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mla_tools.architectures import blocks, kimi_k25, kimi_linear
+from mla_tools.architectures.family import Family, wrapped
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.ops import ConcatRows, DropPadding, Op, Same
 from mla_tools.rules import Domain, Drop, Param, Rule
@@ -121,8 +122,8 @@ def decoder(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     return rules, drops
 
 
-FAMILY = blocks.wrapped(
-    blocks.Family(
+FAMILY = wrapped(
+    Family(
         "kimi_k3",
         "kimi_linear",
         decoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import Problem
 from mla_tools.names import fold_indices
@@ -96,7 +97,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     return rules, tied + blocks.rotary_buffers(g, usual=False)
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "kimi_linear",
     "kimi_linear",
     build,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mla_tools.architectures import blocks, deepseek_v3
+from mla_tools.architectures import deepseek_v3
+from mla_tools.architectures.family import NOT_FOR_MLX_VLM, wrapped
 
 __all__ = ["FAMILY"]
 
-FAMILY = blocks.wrapped(
+FAMILY = wrapped(
     deepseek_v3.FAMILY,
     "kimi_vl",
     dropped={
@@ -14,5 +15,5 @@ FAMILY = blocks.wrapped(
         "multi_modal_projector": "image projector, not part of the language model",
     },
     architectures=("KimiVLForConditionalGeneration",),
-    images=blocks.NOT_FOR_MLX_VLM,
+    images=NOT_FOR_MLX_VLM,
 )

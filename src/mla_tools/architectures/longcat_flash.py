@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import OPEN, Geometry
 from mla_tools.rules import Drop, Param, Rule
 
@@ -86,7 +87,7 @@ _DEFAULTS = {"attention_bias": False, "attention_method": "MLA", "zero_expert_ty
 
 _FLOAT32 = ("classifier.weight", "e_score_correction_bias")
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "longcat_flash",
     "longcat_flash",
     build,
@@ -94,7 +95,7 @@ FAMILY = blocks.Family(
     architectures=("LongcatFlashForCausalLM",),
     float32=_FLOAT32,
 )
-NGRAM = blocks.Family(
+NGRAM = Family(
     "longcat_flash_ngram",
     "longcat_flash_ngram",
     build_ngram,

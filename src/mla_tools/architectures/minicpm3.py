@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.architectures import blocks, youtu_llm
+from mla_tools.architectures.family import Family, refusal
 from mla_tools.architectures.geometry import Geometry, Num
+from mla_tools.architectures.rope import rope_parameters, rope_type
 from mla_tools.errors import Problem, clipped
 from mla_tools.ops import Copies
 from mla_tools.rules import Drop, Param, Rule
@@ -40,9 +42,9 @@ def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
     It knows no rope but longrope, whose frequencies are the plain ones where all factors are 1, and takes
     4096 where original_max_position_embeddings is missing.
     """
-    rope = blocks.rope_parameters(config)
+    rope = rope_parameters(config)
     theta = rope.pop("rope_theta")
-    if blocks.rope_type(rope) == "default":
+    if rope_type(rope) == "default":
         rope = {"rope_type": "longrope", "short_factor": 1.0, "long_factor": 1.0}
     rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return {"rope_theta": theta, "rope_scaling": rope, "tie_word_embeddings": False}
@@ -51,13 +53,13 @@ def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Refuse what mlx-lm 0.32.2 takes for something else."""
     problems = []
-    rope = blocks.rope_parameters(config)
-    kind = blocks.rope_type(rope)
+    rope = rope_parameters(config)
+    kind = rope_type(rope)
     if kind not in ("default", "longrope"):
-        problems.append(blocks.refusal("its rope is longrope or none", found=f"rope_type {clipped(kind)}"))
+        problems.append(refusal("its rope is longrope or none", found=f"rope_type {clipped(kind)}"))
     elif rope.get("short_factor") != rope.get("long_factor"):
         problems.append(
-            blocks.refusal(
+            refusal(
                 "it takes long_factor for texts of every length",
                 needed="equal short_factor and long_factor in rope_scaling",
                 found="different ones",
@@ -68,13 +70,11 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     for key in ("factor", "attention_factor"):
         # Where no text is longer than those of the training, both are 1 in either implementation.
         if rope.get(key) is not None and not (rope[key] == 1 and trained == longest):
-            problems.append(
-                blocks.refusal(f"it ignores {key}", found=f"{key} {clipped(rope[key])} in rope_scaling")
-            )
+            problems.append(refusal(f"it ignores {key}", found=f"{key} {clipped(rope[key])} in rope_scaling"))
     size = _value(Geometry(config))
     if config.get("v_head_dim") not in (None, size):
         problems.append(
-            blocks.refusal(
+            refusal(
                 "it derives the size of the value heads",
                 needed=f"v_head_dim {size} (hidden_size / num_attention_heads)",
                 found=f"v_head_dim {clipped(config['v_head_dim'])}",
@@ -83,7 +83,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "minicpm3",
     "minicpm3",
     build,

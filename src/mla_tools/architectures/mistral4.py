@@ -6,7 +6,9 @@ On the hub it is the language model of a mistral3 config, beside a vision tower.
 from __future__ import annotations
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import NOT_FOR_MLX_VLM, Family, wrapped
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.architectures.rope import nested_rope
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY", "MULTIMODAL"]
@@ -41,7 +43,7 @@ _ROPE = {
     "llama_4_scaling_beta": 0.1,
 }
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "mistral4",
     "mistral4",
     build,
@@ -57,15 +59,15 @@ FAMILY = blocks.Family(
     },
     architectures=("Mistral4ForCausalLM",),
     float32=(),
-    rewrite=blocks.nested_rope,
+    rewrite=nested_rope,
 )
-MULTIMODAL = blocks.wrapped(
+MULTIMODAL = wrapped(
     FAMILY,
     "mistral3",
     inside=("mistral4",),
     # Under the names of the files on the hub, and under those of transformers 5 in memory.
     spellings=(("model.language_model.", ""),),
-    images=blocks.NOT_FOR_MLX_VLM,
+    images=NOT_FOR_MLX_VLM,
     dropped={
         "vision_tower": "image encoder, not part of the language model",
         "multi_modal_projector": "image projector, not part of the language model",

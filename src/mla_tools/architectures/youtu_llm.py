@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.family import Family, refusal
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.architectures.rope import flat_rope, rope_parameters, rope_type
 from mla_tools.errors import Problem, clipped
 from mla_tools.rules import Drop, Rule
 
@@ -35,7 +37,7 @@ def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rope keys as mlx-lm's class calls them."""
     interleaved = config.get("rope_interleave")
     traditional = {} if interleaved is None else {"rope_traditional": interleaved}
-    return {**blocks.flat_rope(config), **traditional}
+    return {**flat_rope(config), **traditional}
 
 
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
@@ -43,13 +45,13 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
 
     Neither a weight nor a key of the config scales both parts of a query without rounding it.
     """
-    rope = blocks.rope_parameters(config)
+    rope = rope_parameters(config)
     factor = rope.get("factor", 1)
     plain = isinstance(factor, int | float) and factor <= 1
-    if blocks.rope_type(rope) == "default" or not rope.get("mscale_all_dim") or plain:
+    if rope_type(rope) == "default" or not rope.get("mscale_all_dim") or plain:
         return []
     return [
-        blocks.refusal(
+        refusal(
             "it does not scale the attention by mscale_all_dim",
             needed="rope_scaling without mscale_all_dim, or none",
             found=f"mscale_all_dim {clipped(rope['mscale_all_dim'])} and factor {clipped(factor)} in"
@@ -59,7 +61,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
-FAMILY = blocks.Family(
+FAMILY = Family(
     "youtu_llm",
     "youtu_llm",
     build,
