@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.delta_attention import delta_attention
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.architectures.rope import Config, flat_rope
@@ -28,33 +29,23 @@ def gated_mla(g: Geometry, where: blocks.Where) -> list[Rule]:
     return blocks.left_dense(rules, *inputs)
 
 
-def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
-    """Return the rules of a KDA layer with gates of full rank; its convolutions are [c, 1, k] in torch."""
-    heads, size, hidden = g.count("num_attention_heads"), g.dim("head_dim"), g.dim("hidden_size")
-    inner, kernel = heads * size, g.dim("short_conv_kernel_size", 4)
-    rules = []
-    for name in ("q", "k", "v"):
-        conv = f"{_ATTENTION}.{name}_conv1d.weight"
-        rules.append(Rule((conv,), (conv,), ((inner, 1, kernel),), SwapLastAxes(), where))
-    for name in ("q", "k", "v", "f", "g"):
-        rules += blocks.linear(f"{_ATTENTION}.{name}_proj", (inner, hidden), where)
-    rules += blocks.left_dense(blocks.linear(f"{_ATTENTION}.b_proj", (heads, hidden), where), "b_proj")
-    return [
-        *rules,
-        *blocks.linear(f"{_ATTENTION}.o_proj", (hidden, inner), where),
-        blocks.norm(f"{_ATTENTION}.o_norm", size, where),
-        blocks.param(f"{_ATTENTION}.A_log", (heads,), where),
-        blocks.param(f"{_ATTENTION}.dt_bias", (inner,), where),
-    ]
+def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of a KDA layer with gates of full rank, of which mlx-lm leaves b_proj unquantized."""
+    hidden, heads = g.dim("hidden_size"), g.count("num_attention_heads")
+    decay = blocks.param(f"{_ATTENTION}.A_log", (heads,), where)
+    rules = delta_attention(_ATTENTION, hidden, heads, g, where, decay, conv="conv1d", full="fg", cast=True)
+    # The convolutions first: samples are drawn in this order.
+    rules.sort(key=lambda rule: not isinstance(rule.op, SwapLastAxes))
+    return blocks.left_dense(rules, ".b_proj")
 
 
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     _check_architecture(g)
-    layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
+    layers, hidden = g.layers(), g.dim("hidden_size")
     group, count = g.dim("layer_group_size"), g.count("num_experts")
     # The last layer of each group is MLA, and so are layers after the last whole group.
-    kda = frozenset(n for n in layers if (n + 1) % group and n < layers.stop // group * group)
-    mla = frozenset(layers) - kda
+    linear = frozenset(n for n in layers if (n + 1) % group and n < layers.stop // group * group)
+    mla = frozenset(layers) - linear
     dense, sparse = g.moe_layers("num_experts")
     mlp, gate = "model.layers.{l}.mlp", "model.layers.{l}.mlp.gate"
     where = {"l": sparse}
@@ -68,19 +59,16 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         ),
         *blocks.mlp(f"{mlp}.shared_experts", hidden, shared, where),
     ]
-    rules = blocks.left_dense(blocks.linear("model.word_embeddings", (vocab, hidden), {}), "embeddings")
-    rules.append(blocks.norm("model.norm", hidden, {}))
+    rules, drops = blocks.tied_embeddings(g, "model.word_embeddings")
+    words, norm, *head = blocks.left_dense(rules, "word_embeddings", "lm_head")
+    rules = [words, norm]
     rules += blocks.decoder_norms(g, {"l": layers})
-    rules += delta_attention(g, {"l": kda})
+    rules += kda(g, {"l": linear})
     rules += gated_mla(g, {"l": mla})
     rules += blocks.mlp(mlp, hidden, g.dim("intermediate_size"), {"l": dense})
     rules += moe
-    drops = blocks.rotary_buffers(g, usual=False)
-    if g.flag("tie_word_embeddings"):
-        reason = "tied to the embedding (tie_word_embeddings)"
-        drops.append(Drop("lm_head.weight", reason, {}, (vocab, hidden), usual=False))
-    else:
-        rules += blocks.left_dense(blocks.linear("lm_head", (vocab, hidden), {}), "lm_head")
+    rules += head
+    drops += blocks.rotary_buffers(g, usual=False)
 
     layer = [*blocks.decoder_norms(g, {"l": layers}), *gated_mla(g, {"l": layers}), *moe]
     drops += blocks.mtp_layers(g, layer, norms=("enorm", "hnorm", "final_layernorm"), tables=())

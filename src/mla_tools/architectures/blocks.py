@@ -79,19 +79,19 @@ def left_dense(rules: Iterable[Rule], *endings: str, raw: bool = False) -> list[
     ]
 
 
-def embeddings(g: Geometry, *, words: str = "model.embed_tokens") -> list[Rule]:
-    """Return the rules of the token embedding, the final norm and the output head."""
+def embeddings(g: Geometry, words: str = "model.embed_tokens", ours: str | None = None) -> list[Rule]:
+    """Return the rules of the token embedding (`ours` in the class), the final norm and the output head."""
     vocab, hidden = g.dim("vocab_size"), g.dim("hidden_size")
     return [
-        *linear("model.embed_tokens", (vocab, hidden), {}, words),
+        *linear(words, (vocab, hidden), {}, ours),
         norm("model.norm", hidden, {}),
         *linear("lm_head", (vocab, hidden), {}),
     ]
 
 
-def tied_embeddings(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+def tied_embeddings(g: Geometry, words: str = "model.embed_tokens") -> tuple[list[Rule], list[Drop]]:
     """Return the rules of the embeddings of a class that has no output head of its own where it is tied."""
-    rules = embeddings(g)
+    rules = embeddings(g, words)
     if not g.flag("tie_word_embeddings"):
         return rules, []
     shape = (g.dim("vocab_size"), g.dim("hidden_size"))

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.deepseek_v4_attention import attention_parts
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import OPEN, Geometry, label
 from mla_tools.architectures.rope import flat_rope, rope_type
 from mla_tools.errors import Problem
-from mla_tools.ops import CutRows, Indices, Op, Same, SplitRows, Stack, StackRows
+from mla_tools.ops import CutRows, Indices, Op, Same, SplitRows, Stack
 from mla_tools.rules import Domain, Drop, Param, Rule
 from mla_tools.rules import name as template
 
@@ -118,27 +119,20 @@ _DRAFT = Place("mtp.{l}", "mtp.{l}")
 
 
 def attention(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
-    """Return the rules of what every layer has of the attention; wo_a is block diagonal over the groups."""
+    """Return the rules of what every layer has of the attention, in each way of holding it."""
     hidden, heads, size = g.dim("hidden_size"), g.count("num_attention_heads"), g.dim("head_dim")
     rank, groups, inner = g.dim("q_lora_rank"), g.count("o_groups"), g.dim("o_lora_rank")
     wide = heads * size // groups
     blocks_of = {**where, "g": range(groups)}
+    rules = []
+    for part in attention_parts(g):
+        target = f"attn.{part.theirs}"
+        names = [target, f"self_attn.{part.hub}"]
+        # What save_pretrained of transformers 5.23 writes.
+        names += ["attn.norm.weight"] if part.theirs == "kv_norm.weight" else []
+        rules += at.one(names, target, part.shape, where, _LINEAR if part.matrix else _KEPT, part.op)
     return [
-        *at.linear(("attn.wq_a", "self_attn.q_a_proj"), "attn.wq_a", (rank, hidden), where),
-        *at.linear(("attn.q_norm", "self_attn.q_a_norm"), "attn.q_norm", (rank,), where, _KEPT),
-        *at.linear(("attn.wq_b", "self_attn.q_b_proj"), "attn.wq_b", (heads * size, rank), where),
-        *at.linear(("attn.wkv", "self_attn.kv_proj"), "attn.wkv", (size, hidden), where),
-        # The last name is what save_pretrained of transformers 5.23 writes.
-        *at.linear(("attn.kv_norm", "self_attn.kv_norm", "attn.norm"), "attn.kv_norm", (size,), where, _KEPT),
-        *at.linear(
-            ("attn.wo_a", "self_attn.o_a_proj"),
-            "attn.wo_a",
-            (groups * inner, wide),
-            where,
-            op=StackRows(inner),
-        ),
-        *at.linear(("attn.wo_b", "self_attn.o_b_proj"), "attn.wo_b", (hidden, groups * inner), where),
-        *at.one(("attn.attn_sink", "self_attn.sinks"), "attn.attn_sink", (heads,), where, _KEPT),
+        *rules,
         *at.instead(
             ("attn.wqkv_a.weight",),
             ("attn.wq_a.weight", "attn.wkv.weight"),

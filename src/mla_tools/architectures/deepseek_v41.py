@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mla_tools.architectures import blocks
+from mla_tools.architectures.deepseek_v4_attention import attention_parts
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import OPEN, Geometry
 from mla_tools.errors import Problem, clipped
-from mla_tools.ops import StackRows
 from mla_tools.rules import Drop, Param, Rule
 
 __all__ = ["FAMILY"]
@@ -30,27 +30,13 @@ def gain(theirs: str, ours: str, size: int, where: blocks.Where) -> Rule:
 
 
 def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
-    """Return the rules of what every layer has of the attention; o_a is block diagonal over the groups."""
-    hidden, heads, size = g.dim("hidden_size"), g.count("num_attention_heads"), g.dim("head_dim")
-    rank, groups, inner = g.dim("q_lora_rank"), g.dim("o_groups"), g.dim("o_lora_rank")
-    theirs, ours = f"{_THEIRS}.attn", f"{_OURS}.self_attn"
-    return [
-        *blocks.linear(f"{theirs}.wq_a", (rank, hidden), where, f"{ours}.q_a_proj"),
-        gain(f"{theirs}.q_norm", f"{ours}.q_a_norm", rank, where),
-        *blocks.linear(f"{theirs}.wq_b", (heads * size, rank), where, f"{ours}.q_b_proj"),
-        *blocks.linear(f"{theirs}.wkv", (size, hidden), where, f"{ours}.kv_proj"),
-        gain(f"{theirs}.kv_norm", f"{ours}.kv_norm", size, where),
-        Rule(
-            (f"{theirs}.wo_a.weight",),
-            (f"{ours}.o_a_proj.weight",),
-            ((groups * inner, heads * size // groups),),
-            StackRows(inner),
-            where,
-            Param(quantizable=True),
-        ),
-        *blocks.linear(f"{theirs}.wo_b", (hidden, groups * inner), where, f"{ours}.o_b_proj"),
-        blocks.param(f"{theirs}.attn_sink", (heads,), where, f"{ours}.sinks", cast=False),
-    ]
+    """Return the rules of what every layer has of the attention; the class has the names of transformers."""
+    rules = []
+    for part in attention_parts(g):
+        source, target = f"{_THEIRS}.attn.{part.theirs}", f"{_OURS}.self_attn.{part.hub}"
+        param = Param(quantizable=part.matrix, cast=source.endswith(".weight"))
+        rules.append(Rule((source,), (target,), (part.shape,), part.op, where, param))
+    return rules
 
 
 def compression(g: Geometry, layers: range) -> list[Rule]:

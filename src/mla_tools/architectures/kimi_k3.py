@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mla_tools.architectures import blocks, kimi_k25, kimi_linear
+from mla_tools.architectures.delta_attention import delta_attention
 from mla_tools.architectures.family import Family, wrapped
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.ops import ConcatRows, DropPadding, Op, Same
+from mla_tools.ops import DropPadding, Op, Same
 from mla_tools.rules import Domain, Drop, Param, Rule
 
 __all__ = ["FAMILY"]
@@ -15,42 +14,18 @@ __all__ = ["FAMILY"]
 _ATTENTION = "model.layers.{l}.self_attn"
 
 
-def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
-    """Return the rules of a KDA layer, whose q, k and v are one projection and one convolution in MLX."""
-    kda, hidden = g.section("linear_attn_config"), g.dim("hidden_size")
-    heads, size, kernel = kda.dim("num_heads"), kda.dim("head_dim"), kda.dim("short_conv_kernel_size", 4)
-    inner = heads * size
-    shapes = {"proj": (inner, hidden), "conv1d": (inner, 1, kernel)}
-    targets = {"proj": "qkv_proj", "conv1d": "qkv_conv.conv"}
-    rules = [
-        Rule(
-            tuple(f"{_ATTENTION}.{name}_{kind}.weight" for name in "qkv"),
-            (f"{_ATTENTION}.{targets[kind]}.weight",),
-            (shape,) * 3,
-            ConcatRows((inner,) * 3, swap=kind == "conv1d"),
-            where,
-            Param(quantizable=kind == "proj"),
-        )
-        for kind, shape in shapes.items()
-    ]
-    full = kda.flag("use_full_rank_gate")
-    for name in ("f",) if full else ("f", "g"):
-        rules += blocks.linear(f"{_ATTENTION}.{name}_a_proj", (size, hidden), where)
-        rules += blocks.linear(f"{_ATTENTION}.{name}_b_proj", (inner, size), where)
-    if full:
-        rules += blocks.linear(f"{_ATTENTION}.g_proj", (inner, hidden), where)
-    # One number per head, and zeros to the length of a head.
-    padded = max(heads, size)
+def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of a KDA layer; A_log has one number per head, and zeros to the length of a head."""
+    sizes, hidden = g.section("linear_attn_config"), g.dim("hidden_size")
+    heads = sizes.count("num_heads")
+    full = "g" if sizes.flag("use_full_rank_gate") else ""
+    padded = max(heads, sizes.dim("head_dim"))
     trim: Op = DropPadding(heads, padded) if padded > heads else Same()
-    decay = f"{_ATTENTION}.A_log"
-    return [
-        *rules,
-        *blocks.linear(f"{_ATTENTION}.b_proj", (heads, hidden), where),
-        *blocks.linear(f"{_ATTENTION}.o_proj", (hidden, inner), where),
-        blocks.norm(f"{_ATTENTION}.o_norm", size, where),
-        Rule((decay,), (decay,), ((padded,),), trim, where, Param(cast=False)),
-        blocks.param(f"{_ATTENTION}.dt_bias", (inner,), where, cast=False),
-    ]
+    log = f"{_ATTENTION}.A_log"
+    decay = Rule((log,), (log,), ((padded,),), trim, where, Param(cast=False))
+    return delta_attention(
+        _ATTENTION, hidden, heads, sizes, where, decay, conv="conv.conv", joined=True, full=full
+    )
 
 
 def residual(name: str, hidden: int, where: blocks.Where) -> list[Rule]:
@@ -61,50 +36,30 @@ def residual(name: str, hidden: int, where: blocks.Where) -> list[Rule]:
 
 def latent_moe(g: Geometry, layers: Domain) -> list[Rule]:
     """Return the rules of a mixture of experts that work on `routed_expert_hidden_size` numbers."""
-    hidden, inner, count = g.dim("hidden_size"), g.dim("moe_intermediate_size"), g.count("num_experts")
-    theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
-    latent, shared = g.optional("routed_expert_hidden_size"), g.optional("num_shared_experts")
-    where = {"l": layers}
-    router = Param(quantizable=True, spec=blocks.ROUTER_SPEC)
-    gate = blocks.linear(f"{theirs}.gate", (count, hidden), where, f"{ours}.gate")
-    bias = f"{theirs}.gate.e_score_correction_bias"
-    rules = [
-        *(replace(rule, param=router) for rule in gate),
-        blocks.param(bias, (count,), where, f"{ours}.e_score_correction_bias", cast=False),
-        *blocks.experts(
-            f"{theirs}.experts",
-            f"{ours}.switch_mlp",
-            count,
-            hidden if latent is None else latent,
-            inner,
-            where,
-            ("w1", "w3", "w2"),
-        ),
-    ]
+    hidden, latent = g.dim("hidden_size"), g.optional("routed_expert_hidden_size")
+    rules = kimi_linear.experts(g, layers, g.count("num_experts"), latent)
     if latent is not None:
+        theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
+        where = {"l": layers}
         for name, shape in (("down", (latent, hidden)), ("up", (hidden, latent))):
             part = f"routed_expert_{name}_proj"
             rules += blocks.linear(f"{theirs}.{part}", shape, where, f"{ours}.{part}")
         if g.flag("latent_moe_use_norm"):
             name = "routed_expert_norm.weight"
             rules.append(blocks.param(f"{theirs}.{name}", (latent,), where, f"{ours}.{name}"))
-    if shared is not None:
-        part = "shared_experts"
-        rules += blocks.mlp(f"{theirs}.{part}", hidden, inner * shared, where, f"{ours}.{part}")
-    return rules
+    return rules + kimi_linear.shared_experts(g, layers)
 
 
 def decoder(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     layers, hidden = g.layers(), g.dim("hidden_size")
     everywhere: blocks.Where = {"l": layers}
-    kda = kimi_linear.kda_layers(g)
-    mla: blocks.Where = {"l": frozenset(layers) - kda}
+    linear = kimi_linear.kda_layers(g)
+    mla: blocks.Where = {"l": frozenset(layers) - linear}
     dense, sparse = g.moe_layers("num_experts")
-    tied = g.flag("tie_word_embeddings")
 
-    rules = [rule for rule in blocks.embeddings(g) if not (tied and rule.source == ("lm_head.weight",))]
+    rules, tied = blocks.tied_embeddings(g)
     rules += blocks.decoder_norms(g, everywhere)
-    rules += delta_attention(g, {"l": kda}) if kda else []
+    rules += kda(g, {"l": linear}) if linear else []
     rules += blocks.mla_attention(g, mla)
     if g.flag("mla_use_output_gate"):
         width = g.count("num_attention_heads") * g.dim("v_head_dim")
@@ -115,11 +70,7 @@ def decoder(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         rules += residual("model.layers.{l}.self_attention_res", hidden, everywhere)
         rules += residual("model.layers.{l}.mlp_res", hidden, everywhere)
         rules += residual("model.output_attn_res", hidden, {})
-    drops = blocks.rotary_buffers(g, usual=False)
-    if tied:
-        reason = "tied to the embedding (tie_word_embeddings)"
-        drops.append(Drop("lm_head.weight", reason, {}, (g.dim("vocab_size"), hidden), usual=False))
-    return rules, drops
+    return rules, tied + blocks.rotary_buffers(g, usual=False)
 
 
 FAMILY = wrapped(

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mla_tools.architectures import blocks
+from mla_tools.architectures.delta_attention import delta_attention
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import Problem
 from mla_tools.names import fold_indices
-from mla_tools.ops import SwapLastAxes
-from mla_tools.rules import Drop, Param, Rule
+from mla_tools.rules import Domain, Drop, Param, Rule
 
-__all__ = ["FAMILY", "kda_layers"]
+__all__ = ["FAMILY", "experts", "kda_layers", "shared_experts"]
+
+_ATTENTION = "model.layers.{l}.self_attn"
+# What the checkpoint calls the mixture of experts, and what the class does.
+_MOE, _MLP = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
 
 
-def delta_attention(g: Geometry, where: blocks.Where) -> list[Rule]:
-    """Return the rules of a KDA layer; its convolutions are [c, 1, k] in torch and [c, k, 1] in MLX."""
-    kda = g.section("linear_attn_config")
-    heads, size, kernel = kda.count("num_heads"), kda.dim("head_dim"), kda.dim("short_conv_kernel_size", 4)
-    hidden, inner = g.dim("hidden_size"), heads * size
-    prefix = "model.layers.{l}.self_attn"
-    rules = []
-    for name in ("q", "k", "v"):
-        rules += blocks.linear(f"{prefix}.{name}_proj", (inner, hidden), where)
-        rules.append(
-            Rule(
-                (f"{prefix}.{name}_conv1d.weight",),
-                (f"{prefix}.{name}_conv.conv.weight",),
-                ((inner, 1, kernel),),
-                SwapLastAxes(),
-                where,
-                Param(),
-            )
-        )
-    for name in ("f", "g"):
-        rules += blocks.linear(f"{prefix}.{name}_a_proj", (size, hidden), where)
-        rules += blocks.linear(f"{prefix}.{name}_b_proj", (inner, size), where)
-    return [
-        *rules,
-        *blocks.linear(f"{prefix}.b_proj", (heads, hidden), where),
-        *blocks.linear(f"{prefix}.o_proj", (hidden, inner), where),
-        blocks.norm(f"{prefix}.o_norm", size, where),
-        blocks.param(f"{prefix}.A_log", (1, 1, heads, 1), where, cast=False),
-        blocks.param(f"{prefix}.dt_bias", (inner,), where, cast=False),
-    ]
+def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
+    """Return the rules of a KDA layer."""
+    sizes = g.section("linear_attn_config")
+    heads = sizes.count("num_heads")
+    decay = blocks.param(f"{_ATTENTION}.A_log", (1, 1, heads, 1), where, cast=False)
+    return delta_attention(_ATTENTION, g.dim("hidden_size"), heads, sizes, where, decay, conv="conv.conv")
 
 
 def kda_layers(g: Geometry) -> frozenset[int]:
@@ -68,32 +50,39 @@ def kda_layers(g: Geometry) -> frozenset[int]:
     return frozenset(n - 1 for n in kda)
 
 
-def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
-    layers, hidden, inner = g.layers(), g.dim("hidden_size"), g.dim("moe_intermediate_size")
-    kda = kda_layers(g)
-    dense, sparse = g.moe_layers("num_experts")
-    theirs, ours = "model.layers.{l}.block_sparse_moe", "model.layers.{l}.mlp"
-    count, where = g.count("num_experts", least=0), {"l": sparse}
+def experts(g: Geometry, layers: Domain, count: int, width: int | None = None) -> list[Rule]:
+    """Return the rules of the router and of experts that work on `width` numbers, else on hidden_size."""
+    hidden, inner = g.dim("hidden_size"), g.dim("moe_intermediate_size")
+    where, names = {"l": layers}, ("w1", "w3", "w2")
+    router = Param(quantizable=True, spec=blocks.ROUTER_SPEC)
+    gate = blocks.linear(f"{_MOE}.gate", (count, hidden), where, f"{_MLP}.gate")
+    bias = f"{_MOE}.gate.e_score_correction_bias"
+    return [
+        *(replace(rule, param=router) for rule in gate),
+        blocks.param(bias, (count,), where, f"{_MLP}.e_score_correction_bias", cast=False),
+        *blocks.experts(f"{_MOE}.experts", f"{_MLP}.switch_mlp", count, width or hidden, inner, where, names),
+    ]
 
+
+def shared_experts(g: Geometry, layers: Domain) -> list[Rule]:
+    """Return the rules of the experts that every token goes to, if there are some."""
+    count = g.optional("num_shared_experts")
+    if not count:
+        return []
+    hidden, inner = g.dim("hidden_size"), g.dim("moe_intermediate_size") * count
+    return blocks.mlp(f"{_MOE}.shared_experts", hidden, inner, {"l": layers}, f"{_MLP}.shared_experts")
+
+
+def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
+    layers, linear = g.layers(), kda_layers(g)
+    dense, sparse = g.moe_layers("num_experts")
+    count, inner = g.count("num_experts", least=0), g.dim("intermediate_size")
     rules, tied = blocks.tied_embeddings(g)
     rules += blocks.decoder_norms(g, {"l": layers})
-    rules += delta_attention(g, {"l": kda}) if kda else []
-    rules += blocks.mla_attention(g, {"l": frozenset(layers) - kda})
-    rules += blocks.mlp(ours, hidden, g.dim("intermediate_size"), {"l": dense})
-    if sparse:
-        gate = blocks.linear(f"{theirs}.gate", (count, hidden), where, f"{ours}.gate")[0]
-        router = Param(quantizable=True, spec=blocks.ROUTER_SPEC)
-        bias = f"{theirs}.gate.e_score_correction_bias"
-        rules.append(Rule(gate.source, gate.target, gate.shapes, where=where, param=router))
-        rules.append(blocks.param(bias, (count,), where, f"{ours}.e_score_correction_bias", cast=False))
-        rules += blocks.experts(
-            f"{theirs}.experts", f"{ours}.switch_mlp", count, hidden, inner, where, ("w1", "w3", "w2")
-        )
-        shared = g.optional("num_shared_experts")
-        if shared:
-            rules += blocks.mlp(
-                f"{theirs}.shared_experts", hidden, inner * shared, where, f"{ours}.shared_experts"
-            )
+    rules += kda(g, {"l": linear}) if linear else []
+    rules += blocks.mla_attention(g, {"l": frozenset(layers) - linear})
+    rules += blocks.mlp(_MLP, g.dim("hidden_size"), inner, {"l": dense})
+    rules += experts(g, sparse, count) + shared_experts(g, sparse) if sparse else []
     return rules, tied + blocks.rotary_buffers(g, usual=False)
 
 

@@ -48,7 +48,7 @@ def _decoder(g: Geometry, words: str) -> tuple[list[Rule], list[Drop]]:
     )
     classifier[0] = replace(classifier[0], param=Param(quantizable=True, spec=blocks.ROUTER_SPEC))
     rules = [
-        *blocks.embeddings(g, words=words),
+        *blocks.embeddings(g, ours=words),
         *blocks.decoder_norms(g, pair, ".{i}"),
         *blocks.mla_attention(g, pair, "model.layers.{l}.self_attn.{i}"),
         *blocks.mlp("model.layers.{l}.mlps.{i}", hidden, g.dim("ffn_hidden_size"), pair),
