@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from listing import load
 
 from mla_tools.files.safetensors import layout, read_header
-from mla_tools.plan import Options, make_steps
+from mla_tools.options import Options
+from mla_tools.plan import make_steps
 from mla_tools.spec import Spec
 
 SHARDS = 163

@@ -87,7 +87,7 @@ _YARN = {
 }
 
 # What all hub configs of these families have in common. The widths differ from one another wherever they
-# may (so that a transposed or swapped tensor has the wrong shape), and every last axis of a tensor that
+# may (so that a transposed or swapped tensor has the shape mismatch), and every last axis of a tensor that
 # could be quantized is a multiple of 64. hidden_size 192 and kv_a's 128 + 32 rows leave half-full FP8
 # blocks on both axes.
 _COMMON: Config = {

@@ -13,7 +13,7 @@ import pytest
 from mla_tools import cli
 from mla_tools.cli import main, options_of, parser
 from mla_tools.errors import UsageError
-from mla_tools.plan import Options
+from mla_tools.options import Options
 from mla_tools.quantization import RECIPES, QuantSpec
 from mla_tools.samples import write_sample
 from mla_tools.spec import DType
@@ -312,7 +312,7 @@ OPTIONS: list[Any] = [
     pytest.param(["--embed-q", "6"], Options(embed_q=QuantSpec("affine", 6, 64)), id="embed_q_bits"),
     pytest.param(["--embed-q", "8,32,mxfp8"], Options(embed_q=QuantSpec("mxfp8")), id="embed_q_mode"),
     *(
-        pytest.param(["-q", "--quant-predicate", r], Options(quantize=QuantSpec(), recipe=r), id=r)
+        pytest.param(["-q", "--quant-predicate", r], Options(quantize=QuantSpec(), quant_predicate=r), id=r)
         for r in RECIPES
     ),
 ]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import Options, Plan, make_plan
+from mla_tools.options import Options
+from mla_tools.plan import Plan, make_plan
 from mla_tools.samples import write_sample
 
 TOLERANCE = 1e-5

@@ -22,7 +22,8 @@ from mla_tools.cli import main
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import Options, Plan, make_plan, make_steps
+from mla_tools.options import Options
+from mla_tools.plan import Plan, make_plan, make_steps
 from mla_tools.weights import sanitize
 
 # As the model's own: float32 has 6e-8, and after 6 layers the logits of both lie about 1e-6 apart.
@@ -278,7 +279,7 @@ def test_no_tensor_can_be_left_out_or_renamed(layout: str, sources: Sources) -> 
     source, _ = sources(layout, "plain")
     found = open_checkpoint(source)
     specs = {name: entry.spec for name, entry in found.tensors.items()}
-    assert make_steps(specs, found.config, Options()).problems == []
+    assert make_steps(specs, found.config, Options()).problems == ()
     for name in specs:
         rest = {other: spec for other, spec in specs.items() if other != name}
         assert make_steps(rest, found.config, Options()).problems, name
@@ -292,7 +293,7 @@ def test_two_layouts_in_one_are_refused(sources: Sources) -> None:
     specs = {name: entry.spec for name, entry in found.tensors.items()}
     specs["layers.2.attn.wkv.weight"] = other.tensors["layers.2.attn.wkv.weight"].spec
     (problem,) = make_steps(specs, found.config, Options()).problems
-    assert problem.what == "is there twice"
+    assert problem.what == "duplicate"
     assert problem.subject == "model.layers.2.attn.wkv"
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from mla_tools.cli import main
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
-from mla_tools.plan import Options, make_draft_plan, make_plan
+from mla_tools.options import Options
+from mla_tools.plan import make_draft_plan, make_plan
 from mla_tools.samples import write_sample
 
 DSPARK = {"dspark_block_size": 4, "dspark_target_layer_ids": [1, 2, 3], "dspark_noise_token_id": 7}

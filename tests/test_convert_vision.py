@@ -116,7 +116,7 @@ def test_one_tensor_for_images_in_two_spellings_is_refused(
     images = {f"{place}vision_tower.scale": VISION["scale"] for place in ("", "model.")}
     source = source_of("mistral3", tmp_path / "source", images)
     assert main(["plan", str(source), "--keep-vision"]) == 1
-    assert "vision_tower.scale: is there twice" in capsys.readouterr().err
+    assert "vision_tower.scale: duplicate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["-q", "--q-bits", "8"], ["-d"]], ids=" ".join)

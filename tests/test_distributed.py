@@ -15,11 +15,11 @@ from mla_tools.samples import write_sample
 # The command with small files and checkpoints; rank 1 may be told to die when it has done some tensors.
 SCRIPT = """
 import os, signal, sys
-from mla_tools import plan
+from mla_tools.plan import files
 from mla_tools.cli import main
 from mla_tools.output import writing
 
-plan.SHARD_BYTES, writing.CHECKPOINT_BYTES = 1 << 20, 1 << 18
+files.SHARD_BYTES, writing.CHECKPOINT_BYTES = 1 << 20, 1 << 18
 last = int(os.environ.get("DIES_AFTER", -1))
 finished = writing.Output.finished
 

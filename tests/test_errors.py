@@ -26,14 +26,14 @@ def test_a_problem_has_a_line_for_each_thing_it_knows() -> None:
 
 def test_the_message_folds_problems_that_differ_in_indices_alone() -> None:
     problems = [Problem(f"layers.{k}.w", "missing", f"[{2}]") for k in range(5)]
-    other = Problem("lm_head", "wrong shape", "[1]", "[2]")
+    other = Problem("lm_head", "shape mismatch", "[1]", "[2]")
     error = CheckpointError([*problems, other])
     assert error.problems == (*problems, other)
     assert str(error) == (
         "6 problems\n\n"
         "5 x layers.{0..4}.w: missing\n  needed  [2]\n"
         "  (the lines above are those of the first of 5)\n\n"
-        "lm_head: wrong shape\n  needed  [1]\n  found   [2]"
+        "lm_head: shape mismatch\n  needed  [1]\n  found   [2]"
     )
 
 

@@ -16,16 +16,17 @@ import pytest
 from safetensors import safe_open
 from tiny import TINY
 
-from mla_tools import plan as plan_module
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.reader import Reader
 from mla_tools.files.safetensors import read_header
 from mla_tools.files.writer import Writer
+from mla_tools.options import Options
 from mla_tools.output import INDEX, RECORD, check_output
 from mla_tools.output import writing as output_writing
-from mla_tools.plan import Options, Plan, Workload, make_plan
+from mla_tools.plan import Plan, Workload, make_plan
+from mla_tools.plan import files as plan_files
 from mla_tools.quantization import QuantSpec
 from mla_tools.samples import write_sample
 
@@ -141,7 +142,7 @@ def test_data_is_read_in_the_order_in_which_it_lies(
 def test_the_folder_is_complete_and_says_so(
     shard_bytes: int, samples: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(plan_files, "SHARD_BYTES", shard_bytes)
     source, out = samples("deepseek_v3", "bf16"), tmp_path / "deep" / "out"
     made = make_plan(open_checkpoint(source), Options(quantize=QuantSpec()))
     written: list[int] = []

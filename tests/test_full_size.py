@@ -12,7 +12,8 @@ import pytest
 from listing import load
 
 from mla_tools.codecs import MlxQuantized
-from mla_tools.plan import Options, make_steps
+from mla_tools.options import Options
+from mla_tools.plan import make_steps
 from mla_tools.spec import DType, Spec
 
 Parts = dict[str, Spec]
@@ -69,10 +70,10 @@ def test_a_full_size_table_leaves_no_unknown_and_no_missing_tensor(fmt: str) -> 
         for part, held in (parts if packed else dense)(*spec.shape).items():
             stored[f"{module}.{part}"] = held
     made = make_steps(stored, {**listing.config, "quantization_config": section}, Options())
-    assert made.problems == []
+    assert made.problems == ()
     used = [part for step in made.steps for source in step.sources for part in source.parts.values()]
     used += [part for drop in made.drops for part in drop.source.parts.values()]
     assert sorted(used) == sorted(stored)
     words = {target.name: target for step in made.steps for target in step.targets}
-    assert words["model.layers.60.self_attn.embed_q.weight"].codec.word == embed_q
+    assert words["model.layers.60.self_attn.embed_q.weight"].codec.name == embed_q
     assert isinstance(words["model.layers.60.mlp.switch_mlp.up_proj.weight"].codec, MlxQuantized)

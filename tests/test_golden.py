@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from listing import LISTINGS, checkpoint, load
 
-from mla_tools.plan import Options, Plan, make_plan
+from mla_tools.options import Options
+from mla_tools.plan import Plan, make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_text
 from mla_tools.verify import compare

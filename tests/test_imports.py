@@ -24,31 +24,33 @@ PICTURE: dict[str, set[str]] = {
         "distributed",
         "execute",
         "files",
+        "options",
         "output",
         "plan",
         "quantization",
         "report",
         "samples",
-        "spec",
         "verify",
     },
     "report": {"files", "plan", "rules"},
     "console": set(),
     "isolation": set(),
-    "weights": {"architectures", "execute", "ops", "plan", "spec"},
-    "execute": {"codecs", "distributed", "files", "ops", "output", "overflow", "plan", "spec"},
+    "weights": {"architectures", "ops", "options", "plan", "spec", "transform"},
+    "execute": {"distributed", "files", "ops", "output", "plan", "transform"},
+    "transform": {"codecs", "ops", "overflow", "plan", "spec"},
     "output": {"distributed", "files", "plan"},
     "plan": {
         "architectures",
         "codecs",
         "files",
-        "kernels",
         "ops",
+        "options",
         "precision",
         "quantization",
         "rules",
         "spec",
     },
+    "options": {"codecs", "files", "quantization", "spec"},
     "overflow": {"spec"},
     "precision": {"quantization", "spec"},
     "samples": {"architectures", "codecs", "files", "ops", "rules", "spec"},
@@ -68,7 +70,7 @@ PICTURE: dict[str, set[str]] = {
     "names": set(),
 }
 
-FOLDERS = {"architectures", "codecs", "files", "models", "output", "samples", "verify"}
+FOLDERS = {"architectures", "codecs", "files", "models", "output", "plan", "samples", "verify"}
 
 # Folders that never import one another.
 APART = {"architectures", "codecs", "files"}

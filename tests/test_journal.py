@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from tiny import JOURNALS, SHARD_BYTES, begun, computing_here, digests, lines_of, planned, write_tiny
 
-from mla_tools import plan as planning
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.safetensors import parse_object
@@ -21,6 +20,8 @@ from mla_tools.output import writing as output_writing
 from mla_tools.output.journal import line_of
 from mla_tools.output.record import sha256_hex
 from mla_tools.plan import OutputFile, Plan
+from mla_tools.plan import files as plan_files
+from mla_tools.spec import DType
 from mla_tools.verify import verify_output
 
 # Of what is written when the run is interrupted: the first file is sealed then, and the others begun.
@@ -31,7 +32,7 @@ JOURNAL = JOURNALS.replace("*", "00000")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(plan_files, "SHARD_BYTES", SHARD_BYTES)
     monkeypatch.setattr(output_writing, "CHECKPOINT_BYTES", 1)
     monkeypatch.setattr("os.fsync", lambda fd: None)
     computing_here(monkeypatch)
@@ -210,7 +211,7 @@ def test_lines_that_are_gone_or_twice_or_elsewhere_make_no_other_output(
 
 OTHERS: dict[str, tuple[dict[str, Any], bool]] = {
     "other weights": ({}, True),  # of the same names and sizes, and so they are compared
-    "another dtype": ({"dtype": planning.DType.F32}, False),
+    "another dtype": ({"dtype": DType.F32}, False),
 }
 
 

@@ -30,7 +30,8 @@ from reference import FAMILIES, Logits, checkpoint, hub_logits, mlx_logits, rela
 
 from mla_tools.codecs import FORMATS
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import Options, make_steps
+from mla_tools.options import Options
+from mla_tools.plan import make_steps
 from mla_tools.samples import write_checkpoint
 from mla_tools.spec import DType
 
@@ -70,7 +71,7 @@ def cell(family: str, fmt: str) -> tuple[Path, dict[str, torch.Tensor]]:
     found = open_checkpoint(folder)
     specs = {name: place.spec for name, place in found.tensors.items()}
     made = make_steps(specs, found.config, Options())
-    assert made.problems == []
+    assert made.problems == ()
     sources = [source for step in made.steps for source in step.sources]
     decoded: dict[str, torch.Tensor] = {}
     for source in sources + [drop.source for drop in made.drops]:

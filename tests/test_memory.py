@@ -11,7 +11,8 @@ import pytest
 
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import SLAB_ELEMENTS, Options, make_plan
+from mla_tools.options import Options
+from mla_tools.plan import SLAB_ELEMENTS, make_plan
 from mla_tools.samples import write_sample
 
 # A vocabulary of several slabs, and experts that are less than one.

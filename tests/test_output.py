@@ -34,7 +34,6 @@ from tiny import (
     write_tiny,
 )
 
-from mla_tools import plan as planning
 from mla_tools.cli import main
 from mla_tools.errors import DamagedError, DataError, MlaToolsError
 from mla_tools.execute import check_source, execute
@@ -44,7 +43,9 @@ from mla_tools.output import folder as output_folder
 from mla_tools.output import record as output_record
 from mla_tools.output import writing as output_writing
 from mla_tools.plan import Plan, Workload
+from mla_tools.plan import files as plan_files
 from mla_tools.quantization import QuantSpec
+from mla_tools.spec import DType
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(plan_files, "SHARD_BYTES", SHARD_BYTES)
     monkeypatch.setattr(output_writing, "CHECKPOINT_BYTES", 1)
 
 
@@ -167,7 +168,7 @@ def test_the_journals_of_several_processes_count_together(
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "options": ({"quantize": QuantSpec()}, r"options\.quantize: was None, is \{'bits': 4, 'group_size': 64"),
-    "dtype": ({"dtype": planning.DType.F32}, r"options\.dtype: was None, is 'F32'"),
+    "dtype": ({"dtype": DType.F32}, r"options\.dtype: was None, is 'F32'"),
 }
 
 
@@ -427,7 +428,7 @@ def test_overwrite_replaces_what_this_tool_made(
     if state == "complete":
         execute(planned(source, quantize=QuantSpec()), out)
     elif state == "unfinished":
-        begun(planned(source, dtype=planning.DType.F32), out)
+        begun(planned(source, dtype=DType.F32), out)
     else:
         out.mkdir()
     execute(plan, out, overwrite=True)

@@ -17,8 +17,9 @@ from mla_tools.codecs import FORMATS
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.options import Options
 from mla_tools.overflow import holds_infinity
-from mla_tools.plan import Options, Workload, make_plan
+from mla_tools.plan import Workload, make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.samples import write_checkpoint, write_sample
 from mla_tools.spec import DType

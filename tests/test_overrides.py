@@ -28,7 +28,7 @@ def section(folder: Path) -> dict[str, object]:
 def test_the_last_override_that_is_found_counts(source: Path, tmp_path: Path) -> None:
     flags = ["--q-override", "self_attn=8,32", "--q-override", r"layers\.2\..*o_proj=float"]
     plan = convert(source, tmp_path / "out", "-q", *flags)
-    made = {t.name: t.codec.word for step in plan.steps for t in step.targets}
+    made = {t.name: t.codec.name for step in plan.steps for t in step.targets}
     assert made["model.layers.1.self_attn.o_proj.weight"] == "affine 8-bit g32"
     assert made["model.layers.2.self_attn.o_proj.weight"] == "bf16"
     assert made["model.layers.2.self_attn.embed_q.weight"] == "affine 8-bit g32"
@@ -40,8 +40,8 @@ def test_the_last_override_that_is_found_counts(source: Path, tmp_path: Path) ->
 
 def test_overrides_alone_quantize_what_they_name(source: Path, tmp_path: Path) -> None:
     plan = convert(source, tmp_path / "out", "--q-override", "switch_mlp=4,32,mxfp4")
-    words = {t.codec.word for step in plan.steps for t in step.targets if "switch_mlp" in t.name}
-    others = {t.codec.word for step in plan.steps for t in step.targets if "switch_mlp" not in t.name}
+    words = {t.codec.name for step in plan.steps for t in step.targets if "switch_mlp" in t.name}
+    others = {t.codec.name for step in plan.steps for t in step.targets if "switch_mlp" not in t.name}
     assert words == {"mxfp4"}
     assert others == {"bf16", "f32"}
 

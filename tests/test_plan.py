@@ -19,19 +19,20 @@ from conversion import convert
 from listing import checkpoint
 from safetensors import safe_open
 
-from mla_tools import plan as planning
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.cli import options_of, parser
 from mla_tools.codecs import Codec, MlxQuantized
-from mla_tools.errors import MlaToolsError, UsageError
-from mla_tools.execute import transform
+from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.ops import Slab
-from mla_tools.plan import Options, Plan, Step, Workload, make_plan, make_steps
+from mla_tools.options import Options
+from mla_tools.plan import Plan, Step, Workload, make_plan, make_steps
+from mla_tools.plan import files as plan_files
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_json
 from mla_tools.samples import write_sample
 from mla_tools.spec import DType, Spec
+from mla_tools.transform import transform
 
 FLAGS: dict[str, list[str]] = {
     "default": [],
@@ -190,7 +191,7 @@ def test_the_default_and_the_exceptions_of_a_router() -> None:
 def test_offsets_tile_each_file_and_files_stay_small(
     family: str, flags: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "SHARD_BYTES", limit)
+    monkeypatch.setattr(plan_files, "SHARD_BYTES", limit)
     plan = planned(sample(family), *FLAGS[flags])
     targets = {name: t.name for step in plan.steps for t in step.targets for name in t.stored()}
     homes: dict[str, set[str]] = {}
@@ -502,12 +503,37 @@ HALVES = {
     "--embed-q float": ("decoded bf16", "copied affine 4-bit g64"),
     "--embed-q 6": ("requantized affine 6-bit g64", "copied affine 4-bit g64"),
     "--embed-q 8,32,mxfp8": ("requantized mxfp8", "copied affine 4-bit g64"),
-    # 128 does not divide the 64 columns of embed_q.
-    "--embed-q 8,128": ("decoded bf16", "copied affine 4-bit g64"),
     "-q": ("requantized affine 4-bit g64", "copied affine 4-bit g64"),
     "-q --q-bits 8": ("requantized affine 8-bit g64", "requantized affine 8-bit g64"),
     "-d": ("decoded bf16", "decoded bf16"),
 }
+
+
+# What is chosen by name and does not divide the 64 columns of embed_q: flags -> what asks for it.
+INDIVISIBLE = {
+    "--embed-q 8,128": r"embed_q asks for it \(--embed-q\)",
+    "--q-override embed_q=8,128": "The override 'embed_q' asks for it",
+    "-q --q-override embed_q=8,128": "The override 'embed_q' asks for it",
+}
+
+
+@pytest.mark.parametrize(("flags", "because"), INDIVISIBLE.items(), ids=INDIVISIBLE)
+def test_a_choice_by_name_that_does_not_divide_is_refused_in_every_layer(
+    packed_kv_b: Path, flags: str, because: str
+) -> None:
+    with pytest.raises(CheckpointError, match=because) as refused:
+        planned(packed_kv_b, *flags.split())
+    found = {problem.subject: problem.what for problem in refused.value.problems}
+    assert found == {
+        f"model.layers.{layer}.self_attn.embed_q": "cannot be quantized as affine 8-bit g128"
+        for layer in range(4)
+    }
+
+
+def test_a_group_of_q_that_does_not_divide_leaves_floats_and_says_so(packed_kv_b: Path) -> None:
+    plan = planned(packed_kv_b, "-q", "--q-group-size", "128")
+    (note,) = [note for note in plan.notes if note.startswith("unquantized, because the group size 128")]
+    assert "its last axis of 64: 4 x model.layers.{0..3}.self_attn.embed_q" in note
 
 
 @pytest.mark.parametrize(("flags", "wanted"), HALVES.items(), ids=[flags or "default" for flags in HALVES])
@@ -516,7 +542,7 @@ def test_v_is_sliced_and_k_is_encoded_as_asked(
 ) -> None:
     plan = planned(packed_kv_b, *flags.split())
     found = {
-        target.name.removesuffix(".weight"): f"{target.exactness} {target.codec.word}"
+        target.name.removesuffix(".weight"): f"{target.exactness} {target.codec.name}"
         for step in plan.steps
         for target in step.targets
     }
@@ -557,9 +583,9 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UsageError, match="either quantize or dequantize"):
         Options(quantize=QuantSpec(), dequantize=True)
     with pytest.raises(UsageError, match="needs -q"):
-        Options(recipe="mixed_3_6")
+        Options(quant_predicate="mixed_3_6")
     with pytest.raises(UsageError, match="affine"):
-        Options(quantize=QuantSpec("mxfp4"), recipe="mixed_3_6")
+        Options(quantize=QuantSpec("mxfp4"), quant_predicate="mixed_3_6")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
@@ -605,4 +631,4 @@ def test_biases_that_others_have_are_missed(tmp_path: Path) -> None:
     assert (problem.what, problem.needed) == ("its biases are missing", name)
     # Where no tensor has any they are zero: that is a quantization of its own.
     symmetric = {other: spec for other, spec in specs.items() if not other.endswith(".biases")}
-    assert make_steps(symmetric, found.config, Options()).problems == []
+    assert make_steps(symmetric, found.config, Options()).problems == ()

@@ -12,7 +12,6 @@ import pytest
 from forgetful import CUTS, FORGETS_ALL, Cut, Event, KilledError, Record, Tree, actual, key_of, rebuild
 from tiny import TINY, computing_here, digests, planned, write_tiny
 
-from mla_tools import plan as planning
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.safetensors import layout
@@ -21,6 +20,7 @@ from mla_tools.output import INDEX
 from mla_tools.output import writing as output_writing
 from mla_tools.output.journal import CLEARING, parse_line
 from mla_tools.plan import Plan, Workload
+from mla_tools.plan import files as plan_files
 from mla_tools.spec import DType, Spec
 from mla_tools.verify import verify_output
 
@@ -46,7 +46,7 @@ OUT = "deep/er/out"
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(plan_files, "SHARD_BYTES", SHARD_BYTES)
     monkeypatch.setattr(output_writing, "CHECKPOINT_BYTES", CHECKPOINT_BYTES)
 
 

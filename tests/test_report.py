@@ -12,7 +12,8 @@ import pytest
 
 from mla_tools.errors import CheckpointError, Problem
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import Options, Plan, make_plan, make_steps
+from mla_tools.options import Options
+from mla_tools.plan import Plan, make_plan, make_steps
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import (
     human_bytes,
@@ -84,7 +85,7 @@ def test_a_plan_tells_each_tensors_change_drops_config_and_notes(plan: Plan) -> 
     for step in plan.steps:
         for target in step.targets:
             assert target.exactness in text
-            assert target.codec.word in text
+            assert target.codec.name in text
     assert f"dropped: {len(plan.drops)} tensors" in text
     assert {drop.reason for drop in plan.drops} <= {line.strip() for line in text.splitlines()}
     assert all(change in text for change in plan.config_changes)

@@ -344,7 +344,7 @@ def test_all_problems_are_listed_at_once(sample: Sample) -> None:
         f"{layer}.mlp.switch_mlp.up_proj": "expert 5 is missing",
         "model.norm": "missing",
         "model.visual": "unknown tensor",
-        "lm_head": "wrong shape",
+        "lm_head": "shape mismatch",
     }
 
 
@@ -353,7 +353,7 @@ def test_a_tensor_in_both_layouts_is_a_problem(sample: Sample) -> None:
     made = mla_tools.sanitize(weights, config)
     name = "model.layers.1.self_attn.unembed_out.weight"
     found = problems({**weights, name: made[name]}, config)
-    assert found["model.layers.1.self_attn.unembed_out.weight".removesuffix(".weight")] == "is there twice"
+    assert found["model.layers.1.self_attn.unembed_out.weight".removesuffix(".weight")] == "duplicate"
 
 
 @pytest.mark.parametrize("spelt", ["01", "001", "\u0661"])

@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 from conversion import convert
 
-from mla_tools import plan as planning
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.options import Options
 from mla_tools.output import INDEX
-from mla_tools.plan import Options, make_plan
+from mla_tools.plan import files as plan_files
+from mla_tools.plan import make_plan
 from mla_tools.samples import write_sample
 from mla_tools.verify import ManifestCheck, compare, verify_output
 from mla_tools.verify import manifest as asking
@@ -385,7 +386,7 @@ def test_what_a_reader_could_open_is_a_problem(name: str, converted_in_shards: P
 def converted_in_shards(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "SHARD_BYTES", 2_000_000)
+        patch.setattr(plan_files, "SHARD_BYTES", 2_000_000)
         execute(make_plan(open_checkpoint(converted.parent / "source"), Options()), out)
     assert not (out / "model.safetensors").exists()
     return out

@@ -13,10 +13,11 @@ from typing import Any, Self
 import mlx.core as mx
 import pytest
 
-from mla_tools import plan as planning
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import Options, Plan, Workload, make_plan
+from mla_tools.options import Options
+from mla_tools.plan import Plan, Workload, make_plan
+from mla_tools.plan import files as plan_files
 from mla_tools.samples import write_sample
 
 # Three files of SHARD_BYTES.
@@ -58,7 +59,7 @@ sys.exit(__main__.main())
 def uninterrupted(source: Path, out: Path) -> dict[str, str]:
     """Return what a conversion that nothing interrupts writes: names and sha256."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "SHARD_BYTES", SHARD_BYTES)
+        patch.setattr(plan_files, "SHARD_BYTES", SHARD_BYTES)
         execute(planned(source), out)
     return digests(out)
 

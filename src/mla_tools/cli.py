@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
@@ -20,14 +20,13 @@ from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.execute import check_source, execute
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
-from mla_tools.files.place import LocalFile, read_whole, shown
+from mla_tools.files.place import shown
+from mla_tools.options import DTYPES, EMBED_Q, Options, parse_embed_q, parse_override, read_recipe
 from mla_tools.output import check_output, how_to_resume, is_unfinished, refuse_source
 from mla_tools.plan import (
     MAX_MEMORY,
     NETWORK_THREADS,
     THREADS,
-    EmbedQ,
-    Options,
     Plan,
     Workload,
     make_draft_plan,
@@ -36,7 +35,6 @@ from mla_tools.plan import (
 )
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.samples import write_sample
-from mla_tools.spec import DType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,10 +42,6 @@ if TYPE_CHECKING:
     from mla_tools.verify import ManifestCheck
 
 __all__ = ["main", "options_of", "parser"]
-
-_DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
-
-_EMBED_Q = "8,32"
 
 _DESCRIPTION = """\
 Turn downloaded checkpoints of MLA models into ones that run on MLX.
@@ -65,7 +59,6 @@ exit codes: 0 done, 1 it cannot be done or something is wrong, 2 wrong usage, 13
 """
 
 _MOST_THREADS = 1024
-_MAX_RECIPE = 1 << 20
 
 _CONVERT = """\
 Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
@@ -293,54 +286,22 @@ def options_of(args: argparse.Namespace) -> Options:
     if given and not args.quantize:
         raise UsageError(f"{', '.join(given)} says how to quantize; it needs -q.")
     spec = QuantSpec(args.q_mode or "affine", args.q_bits, args.q_group_size) if args.quantize else None
-    embed_q, overrides = args.embed_q, [_override(text) for text in args.q_override]
+    overrides = [parse_override(text) for text in args.q_override]
+    embed_q = None if args.embed_q is None else parse_embed_q(args.embed_q)
     if args.recipe:
-        recipe = _read_recipe(Path(args.recipe))
-        if "quantize" in recipe and spec is None:
-            spec = QuantSpec.parse(str(recipe["quantize"]))
-        embed_q = recipe.get("embed_q") if embed_q is None else embed_q
-        overrides = [*_recipe_overrides(recipe), *overrides]
+        recipe = read_recipe(Path(args.recipe))
+        spec = spec or recipe.get("quantize")
+        embed_q = embed_q or recipe.get("embed_q")
+        overrides = [*recipe["overrides"], *overrides]
     return Options(
         quantize=spec,
-        recipe=args.quant_predicate,
-        dtype=_DTYPES[args.dtype] if args.dtype else None,
+        quant_predicate=args.quant_predicate,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
         dequantize=args.dequantize,
-        embed_q=_embed_q(_EMBED_Q if embed_q is None else str(embed_q)),
+        embed_q=embed_q,
         overrides=tuple(overrides),
         keep_vision=args.keep_vision,
     )
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe file, a YAML mapping of the keys below."""
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(read_whole(LocalFile(path), _MAX_RECIPE).decode())
-    except CheckpointError as error:
-        problem = error.problems[0]
-        why = " ".join(filter(None, (problem.what, problem.found)))
-        raise UsageError(f"--recipe {path}: cannot be read: it {why}") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--recipe {path}: cannot be read: {error}") from error
-    known = {"quantize", "embed_q", "overrides"}
-    if not isinstance(recipe, dict) or not set(recipe) <= known:
-        raise UsageError(f"--recipe {path}: it must be a mapping with no other keys than {sorted(known)}")
-    return recipe
-
-
-def _recipe_overrides(recipe: dict[str, Any]) -> list[tuple[str, QuantSpec | None]]:
-    overrides = recipe.get("overrides") or {}
-    if not isinstance(overrides, dict):
-        raise UsageError("overrides in a recipe are a mapping of REGEX to BITS[,GROUP[,MODE]] or float")
-    return [_override(f"{pattern}={spec}") for pattern, spec in overrides.items()]
-
-
-def _override(text: str) -> tuple[str, QuantSpec | None]:
-    pattern, equals, spec = text.rpartition("=")
-    if not equals or not pattern:
-        raise UsageError(f"--q-override {text}: give REGEX=BITS[,GROUP[,MODE]] or REGEX=float")
-    return pattern, None if spec == "float" else QuantSpec.parse(spec)
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -352,14 +313,6 @@ def _bytes(text: str) -> int:
     if found is None:
         raise UsageError(f"--max-memory {shown(text)}: give a size such as 2GB or 500MB")
     return int(Decimal(found[1]) * _UNITS[found[2].upper()])
-
-
-def _embed_q(text: str) -> EmbedQ:
-    if text == "source":
-        return "source"
-    if text == "float":
-        return "float"
-    return QuantSpec.parse(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -495,14 +448,15 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add("--recipe", metavar="FILE", help="choices in a YAML file: quantize, embed_q and overrides")
     add(
         "--dtype",
-        choices=list(_DTYPES),
+        choices=list(DTYPES),
         help="of what is not quantized (default: torch_dtype in config.json)",
     )
     add("-d", "--dequantize", action="store_true", help="decode a quantized checkpoint to floats")
     add(
         "--embed-q",
         metavar="source|float|BITS[,GROUP[,MODE]]",
-        help=f"encoding of the K half of a kv_b_proj that keeps its quantization (default: {_EMBED_Q})",
+        help=f"encoding of the K half of a kv_b_proj that keeps its quantization "
+        f"(default: {EMBED_Q.bits},{EMBED_Q.group_size})",
     )
     add(
         "--keep-vision",

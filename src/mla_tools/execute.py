@@ -6,164 +6,31 @@ import heapq
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mla_tools.codecs import MlxQuantized, repacking
 from mla_tools.distributed import Alone, Group, together
 from mla_tools.errors import DataError, MlaToolsError, UsageError
 from mla_tools.files.checkpoint import check_content, check_unchanged
 from mla_tools.files.place import Bytes
 from mla_tools.files.reader import Reader
-from mla_tools.ops import Block, Slab
+from mla_tools.ops import Slab
 from mla_tools.output import Journal, Output, begin, begun, how_to_resume, how_to_start_again, publish
-from mla_tools.overflow import floats_of, holds_infinity, is_narrower, refuse_far_apart, refuse_infinite
-from mla_tools.plan import Plan, Source, Step, Target, Workload
-from mla_tools.spec import DType
+from mla_tools.plan import Plan, Step, Workload
+from mla_tools.transform import named, transform
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["Device", "check_source", "execute", "transform"]
+__all__ = ["Device", "check_source", "execute"]
 
 # Slabs handed to the threads beyond those in work, so that none waits for the next.
 _AHEAD = 2
 
 Device = Literal["cpu", "gpu"]
-Parts = Mapping[str, "mx.array"]
 Progress = Callable[[int], None]
-
-
-def transform(
-    step: Step, slab: Slab, parts: Sequence[Parts], *, now: bool = False
-) -> list[dict[str, mx.array]]:
-    """Return the stored parts of each written block of a slab, unevaluated; `now`: perhaps evaluated.
-
-    `parts` holds for each read block the rows of its source's parts that the codec's `cut` names, as
-    two-axis arrays. The results have the shape of the written block, but for the last axis. With `now`,
-    MlaToolsError is raised for a finite number that becomes infinite.
-    """
-    decoded: dict[str, tuple[mx.array, ...]] = {}
-    results = []
-    for output, block in enumerate(slab.writes):
-        target = step.targets[block.index]
-        if target.moved:
-            results.append(_move(step, slab, parts, output, now=now))
-            continue
-        dtype = target.spec.dtype
-        if dtype.name not in decoded:
-            arrays = []
-            for read, held in zip(slab.reads, parts, strict=True):
-                source = step.sources[read.index]
-                with _named(source):
-                    array = source.codec.decode(held, read.start, read.stop, dtype)
-                arrays.append(array.reshape(read.shape))
-            with _named(step.sources[0]):
-                decoded[dtype.name] = step.op.apply(arrays)
-            if now:
-                _refuse_infinite(step, slab, parts, dtype, decoded[dtype.name])
-        encode = target.codec.encode_now if now else target.codec.encode
-        array = decoded[dtype.name][output]
-        results.append(encode(array))
-        if now and target.codec.quantized:
-            with _named(step.sources[0]):
-                refuse_far_apart(array, results[-1])
-    return results
-
-
-def _refuse_infinite(
-    step: Step, slab: Slab, parts: Sequence[Parts], dtype: DType, outputs: Sequence[mx.array]
-) -> None:
-    """Raise MlaToolsError if a finite number of a source became infinite when it was decoded.
-
-    `outputs` are what the op made of the decoded sources; those whose target is moved are not looked at.
-    """
-    if not any(s.codec.quantized or is_narrower(dtype, s.spec.dtype) for s in step.sources):
-        return
-    targets = [step.targets[block.index] for block in slab.writes]
-    looked_at = [n for n, target in enumerate(targets) if not target.moved and target.spec.dtype is dtype]
-    if not any(holds_infinity(outputs[n]) for n in looked_at):
-        return
-    for number, (read, held) in enumerate(zip(slab.reads, parts, strict=True)):
-        source = step.sources[read.index]
-
-        def make(
-            held: Parts, dtype: DType, number: int = number, source: Source = source, read: Block = read
-        ) -> dict[str, mx.array]:
-            import mlx.core as mx
-
-            array = source.codec.decode(held, read.start, read.stop, dtype).reshape(read.shape)
-            if len(looked_at) == len(targets):
-                return {"weight": array}
-            # Of this source alone, what becomes of it in the outputs in question.
-            arrays = [mx.zeros(other.shape, array.dtype) for other in slab.reads]
-            arrays[number] = array
-            made = step.op.apply(arrays)
-            return {str(n): made[n] for n in looked_at}
-
-        with _named(source):
-            refuse_infinite(held, dtype, make, "numbers")
-
-
-def _move(step: Step, slab: Slab, parts: Sequence[Parts], output: int, *, now: bool) -> dict[str, mx.array]:
-    """Return the parts of a written block whose rows are rows of the source, without decoding them.
-
-    With `now`, MlaToolsError is raised for a finite scale that becomes infinite.
-    """
-    target = step.targets[slab.writes[output].index]
-    packed: list[Parts] = []
-    for read, held in zip(slab.reads, parts, strict=True):
-        source = step.sources[read.index]
-        repack = repacking(source.codec, target.codec)
-        assert repack is not None
-        with _named(source):
-            packed.append(repack(held, read.start, read.stop))
-    made = {
-        part: step.op.apply(
-            [
-                held[part].reshape(*read.shape[:-1], held[part].shape[-1])
-                for read, held in zip(slab.reads, packed, strict=True)
-            ]
-        )[output]
-        for part in target.parts
-    }
-    kept = all(source.codec == target.codec for source in step.sources)
-    if now and not kept and any(map(holds_infinity, floats_of(made).values())):
-        _refuse_infinite_scales(step, slab, parts, target)
-    return (
-        target.codec.joined(made, slab.writes[output].start)
-        if isinstance(target.codec, MlxQuantized)
-        else made
-    )
-
-
-def _refuse_infinite_scales(step: Step, slab: Slab, parts: Sequence[Parts], target: Target) -> None:
-    """Raise MlaToolsError if a finite scale of a source, or what is made of it, became infinite."""
-    for read, held in zip(slab.reads, parts, strict=True):
-        source = step.sources[read.index]
-
-        def floats(
-            held: Parts, dtype: DType, source: Source = source, read: Block = read
-        ) -> dict[str, mx.array]:
-            assert isinstance(target.codec, MlxQuantized)
-            repack = repacking(source.codec, replace(target.codec, dtype=dtype))
-            assert repack is not None
-            return floats_of(repack(held, read.start, read.stop))
-
-        with _named(source):
-            refuse_infinite(held, target.spec.dtype, floats, "scales")
-
-
-@contextmanager
-def _named(source: Source) -> Iterator[None]:
-    """Name the tensor in whose data a codec finds something wrong."""
-    try:
-        yield
-    except MlaToolsError as error:
-        raise DataError(f"{source.label}: {error}") from error
 
 
 def execute(
@@ -330,7 +197,7 @@ def _ordered(
         while waiting and (not ready or waiting[-1][0] <= ready[0][0]):
             _, number = waiting.pop()
             step = plan.steps[number]
-            slabs = list(step.op.slabs([source.spec for source in step.sources], elements))
+            slabs = step.slabs(elements)
             if slabs:
                 left[number] = len(slabs)
             for count, slab in enumerate(slabs):
@@ -381,7 +248,7 @@ def _slab(
             target = step.targets[block.index]
             stored = target.codec.encoded(target.spec)
             for part, array in result.items():
-                start = target.offset(part, block.start, stored[part])
+                start = target.codec.offset(part, block.start, stored[part])
                 written.append((target.parts[part], start, array.reshape(-1).view(mx.uint8)))
     mx.eval([array for _, _, array in written])
     for name, start, array in written:
@@ -407,6 +274,6 @@ def _read(step: Step, slab: Slab, plan: Plan, reader: Reader, arena: _Arena) -> 
         parts[number][part] = array.view(getattr(mx, spec.dtype.mlx)).reshape(last - first, spec.width)
     for block, held in zip(slab.reads, parts, strict=True):
         source = step.sources[block.index]
-        with _named(source):
+        with named(source):
             source.codec.check(held)
     return parts

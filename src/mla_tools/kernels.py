@@ -27,6 +27,7 @@ __all__ = [
     "BLOCK",
     "decode_e2m1",
     "decode_e4m3",
+    "decode_e8m0",
     "encode_affine",
     "encode_mxfp4",
     "encode_nvfp4",
@@ -202,6 +203,15 @@ def decode_e2m1(packed: mx.array) -> mx.array:
         return mx.array([*_E2M1, *(-number for number in _E2M1)], mx.float32)[codes]
     # As a bfloat16 of 2^-126 times its size: S at bit 15, EEM at 6 to 8, where nothing overlaps.
     return ((codes.astype(mx.uint16) * 0x1040) & 0x81C0).view(mx.bfloat16).astype(mx.float32) * 2.0**126
+
+
+def decode_e8m0(codes: mx.array) -> mx.array:
+    """Return in float32, which holds all of them, the powers of two that E8M0 bytes mean; 255 is NaN."""
+    import mlx.core as mx
+
+    # The byte is float32's exponent, but for 0, which is subnormal there, and 255.
+    bits = [0x400000, *(byte << 23 for byte in range(1, 255)), 0x7FC00000]
+    return mx.array(bits, dtype=mx.uint32).view(mx.float32)[codes]
 
 
 def _e8m0(steps: mx.array) -> tuple[mx.array, mx.array]:

@@ -81,7 +81,7 @@ def _step_lines(steps: Sequence[Step]) -> list[str]:
     for step in steps:
         before = _formats(step.sources)
         for target in step.targets:
-            after = target.codec.word
+            after = target.codec.name
             change = after if before == after else f"{before} -> {after}"
             shape = f"[{', '.join(map(str, target.spec.shape))}]"
             groups[target.exactness, change, shape].append(short(target.name))
@@ -98,7 +98,7 @@ def _step_lines(steps: Sequence[Step]) -> list[str]:
 
 
 def _formats(sources: Iterable[Source]) -> str:
-    return " + ".join(dict.fromkeys(source.codec.word for source in sources))
+    return " + ".join(dict.fromkeys(source.codec.name for source in sources))
 
 
 def _origin_lines(steps: Sequence[Step]) -> list[str]:
@@ -167,7 +167,7 @@ def plan_json(plan: Plan, workload: Workload) -> dict[str, Any]:
                 "name": target.name,
                 "shape": list(target.spec.shape),
                 "from": _formats(step.sources),
-                "to": target.codec.word,
+                "to": target.codec.name,
                 "exactness": target.exactness,
                 "sources": [source.name for source in step.sources],
                 "stored": {
@@ -217,12 +217,12 @@ _GEOMETRY = (
 
 def survey_json(checkpoint: Checkpoint, made: Steps) -> dict[str, Any]:
     """Return what a checkpoint is: family, geometry, formats with counts and bytes, problems, notes."""
-    sources = [source for step in made.steps for source in step.sources]
-    sources += [drop.source for drop in made.drops]
+    claimed = {source.name for source in made.tensors}
+    sources = [*made.tensors, *(drop.source for drop in made.drops if drop.source.name not in claimed)]
     formats: dict[str, Counter[str]] = defaultdict(Counter)
     for source in sources:
         nbytes = sum(checkpoint.tensors[name].spec.nbytes for name in source.parts.values())
-        formats[source.codec.word].update(tensors=1, bytes=nbytes)
+        formats[source.codec.name].update(tensors=1, bytes=nbytes)
     config = checkpoint.config
     return {
         "path": str(checkpoint.place),

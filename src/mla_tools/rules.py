@@ -146,6 +146,11 @@ class Rule:
         combinations = [dict(zip(free, c, strict=True)) for c in _combinations(free, self.where)]
         return [name(text).format({**known, **more}) for text in templates for more in combinations]
 
+    @cached_property
+    def source_count(self) -> int:
+        """The number of sources of one application."""
+        return len(self.source_shapes())
+
     def source_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of all sources of one application, gathered indices written out."""
         count = len(_combinations(self.gathered, self.where))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tools.architectures import Family
 from mla_tools.errors import CheckpointError, Problem
-from mla_tools.execute import transform
 from mla_tools.ops import Block, Slab
-from mla_tools.plan import EmbedQ, Options, Step, make_steps
+from mla_tools.options import EmbedQ, Options
+from mla_tools.plan import Step, make_steps
 from mla_tools.spec import DType, Spec
+from mla_tools.transform import transform
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -47,7 +48,7 @@ def sanitize(
             specs[name] = Spec(tuple(array.shape), dtype)
     made = make_steps(specs, keys, Options(embed_q=embed_q))
     if problems or made.problems:
-        raise CheckpointError(problems + made.problems)
+        raise CheckpointError([*problems, *made.problems])
     result: dict[str, mx.array] = {}
     for step in made.steps:
         for target, parts in zip(step.targets, _whole(step, weights), strict=True):

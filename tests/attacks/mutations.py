@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.place import Kind
-from mla_tools.plan import Options, make_plan
+from mla_tools.options import Options
+from mla_tools.plan import make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.report import plan_text
 from mla_tools.samples import write_sample

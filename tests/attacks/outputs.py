@@ -28,14 +28,15 @@ import mlx.core as mx
 from attacks.mutations import VALUES, Pick
 
 from mla_tools import execute as executing
-from mla_tools import plan as planning
 from mla_tools.console import printable
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.place import shown
+from mla_tools.options import Options
 from mla_tools.output import check_output, writing
-from mla_tools.plan import Options, Plan, Workload, make_plan
+from mla_tools.plan import Plan, Workload, make_plan
+from mla_tools.plan import files as plan_files
 from mla_tools.samples import write_sample
 from mla_tools.spec import DType
 from mla_tools.verify import verify_output
@@ -143,7 +144,7 @@ def bench() -> Bench:
     home = TemporaryDirectory(dir=shm if shm.is_dir() else None)
     root = Path(home.name)
     write_sample("deepseek_v3", root / "source", "bf16", changes=TINY)
-    with patch.object(planning, "SHARD_BYTES", SHARD_BYTES):
+    with patch.object(plan_files, "SHARD_BYTES", SHARD_BYTES):
         plan, other = (
             make_plan(open_checkpoint(root / "source"), options)
             for options in (Options(), Options(dtype=DType.F32))

@@ -15,12 +15,12 @@ import pytest
 from attacks import outputs
 from attacks.outputs import CLEARING, RECORD, Files, bench, line, signed
 
-from mla_tools import plan as planning
 from mla_tools.cli import main
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.directory import Directory
 from mla_tools.output import check_output, folder, writing
+from mla_tools.plan import files as plan_files
 from mla_tools.verify import verify_output
 
 FIRST_JOURNAL = "mla_tools.journal-00000.jsonl"
@@ -41,7 +41,7 @@ class Agrees:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SHARD_BYTES", outputs.SHARD_BYTES)
+    monkeypatch.setattr(plan_files, "SHARD_BYTES", outputs.SHARD_BYTES)
     monkeypatch.setattr(writing, "CHECKPOINT_BYTES", outputs.CHECKPOINT_BYTES)
     monkeypatch.setattr(folder, "SMALL_FILES", 0)
     monkeypatch.setattr("mla_tools.verify.ManifestCheck", Agrees)

@@ -462,7 +462,7 @@ def test_a_kv_b_proj_of_the_wrong_shape(sample: Bench, refused: Refuse) -> None:
     folder.save()
     said = refused(folder.path)
     assert said.message == (
-        f"error: 1 problem\n\n{KV_B}: wrong shape\n"
+        f"error: 1 problem\n\n{KV_B}: shape mismatch\n"
         "  needed  [512, 128]  (num_attention_heads 4 x (qk_nope_head_dim 64 + v_head_dim 64),"
         " kv_lora_rank 128 in config.json)\n"
         "  found   [384, 128]\n"
@@ -474,7 +474,7 @@ def test_a_kv_b_proj_with_other_axes(sample: Bench, refused: Refuse, shape: list
     folder = sample()
     folder.reshape(f"{KV_B}.weight", shape)
     folder.save()
-    refused(folder.path).says(f"{KV_B}: wrong shape", "needed  [512, 128]", f"found   {shape}")
+    refused(folder.path).says(f"{KV_B}: shape mismatch", "needed  [512, 128]", f"found   {shape}")
 
 
 def test_an_expert_of_another_shape_than_the_others(sample: Bench, refused: Refuse) -> None:
@@ -482,7 +482,7 @@ def test_an_expert_of_another_shape_than_the_others(sample: Bench, refused: Refu
     folder.reshape(EXPERT.format(5), [128, 128])
     folder.save()
     said = refused(folder.path)
-    said.says("model.layers.2.mlp.experts.5.up_proj: wrong shape", "needed  [128, 256]", "hidden_size 256")
+    said.says("model.layers.2.mlp.experts.5.up_proj: shape mismatch", "needed  [128, 256]", "hidden_size 256")
     assert len(said.problems) == 1
 
 
@@ -536,7 +536,7 @@ def test_both_layouts_of_one_tensor(sample: Bench, refused: Refuse) -> None:
     said = refused(folder.path)
     prefix = "model.layers.1.self_attn"
     said.says(
-        f"{prefix}.embed_q: is there twice",
+        f"{prefix}.embed_q: duplicate",
         "The checkpoint mixes two layouts.",
     )
     assert set(said.problems[0]["found"].split(" and ")) == {f"{prefix}.kv_b_proj", f"{prefix}.embed_q"}
@@ -548,7 +548,7 @@ def test_stacked_experts_beside_single_ones(sample: Bench, refused: Refuse) -> N
     folder.add("model.layers.2.mlp.switch_mlp.up_proj.weight", shape=(8, 128, 256))
     folder.save()
     said = refused(folder.path)
-    said.says("model.layers.2.mlp.switch_mlp.up_proj: is there twice", "The checkpoint mixes two layouts.")
+    said.says("model.layers.2.mlp.switch_mlp.up_proj: duplicate", "The checkpoint mixes two layouts.")
     assert set(said.problems[0]["found"].split(" and ")) == {
         "model.layers.2.mlp.experts.{0..7}.up_proj",
         "model.layers.2.mlp.switch_mlp.up_proj",
@@ -627,7 +627,7 @@ def test_everything_that_is_wrong_is_told_in_one_run(sample: Bench, refused: Ref
     said.says(
         "model.norm: missing",
         "expert 1 is missing",
-        "lm_head: wrong shape",
+        "lm_head: shape mismatch",
         f"{KV_B}: its stored tensors do not fit together",
         "model.vision_tower: unknown tensor",
         "model-00003-of-00003.safetensors: is listed in the index but is not in the folder",

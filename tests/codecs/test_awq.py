@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from integers import awq, narrow
 from mlx_lm import utils as mlx_lm_utils
+from native import mlx_form
 from numpy.typing import NDArray
 
 from mla_tools.codecs import MlxQuantized, Module, repacking
@@ -85,12 +86,12 @@ def test_any_rows_are_those_of_the_whole(case: tuple[int, int, int], data: st.Da
     parts, codec = stored(case), Awq(group, DType.F16, width)
     held, truth = cut(codec, parts, start, stop), awq(parts)[start:stop]
     assert np.array_equal(np.array(codec.decode(held, start, stop, DType.F32)), truth)
-    if codec.kept is not None:
-        made = codec.keep(held, start, stop)
-        specs = codec.kept.encoded(Spec((stop - start, width), DType.F32))
+    if codec.native is not None:
+        made = codec.to_native(held, start, stop)
+        specs = mlx_form(codec.native).encoded(Spec((stop - start, width), DType.F32))
         assert {part: array.shape for part, array in made.items()} == {p: s.shape for p, s in specs.items()}
         assert made["biases"].dtype == mx.float32
-        assert np.array_equal(dequantized(made, codec.kept), truth)
+        assert np.array_equal(dequantized(made, codec.native), truth)
 
 
 def test_mlx_lm_reads_the_same_bits() -> None:
@@ -113,7 +114,7 @@ def test_a_narrower_target_rounds_each_bias_once() -> None:
     held = cut(codec, parts, 0, 24)
     repack = repacking(codec, MlxQuantized(QuantSpec("affine", 4, 32), DType.F16, True))
     assert repack is not None
-    made, exact = repack(held, 0, 24), codec.keep(held, 0, 24)
+    made, exact = repack(held, 0, 24), codec.to_native(held, 0, 24)
     assert mx.array_equal(made["scales"], held["scales"].T).item()
     assert mx.array_equal(made["biases"], exact["biases"].astype(mx.float16)).item()
     assert not mx.array_equal(made["biases"], exact["biases"]).item()
@@ -121,9 +122,9 @@ def test_a_narrower_target_rounds_each_bias_once() -> None:
 
 def test_groups_that_mlx_lacks_are_decoded() -> None:
     codec = Awq(16, DType.F16, 48)
-    assert codec.kept is None
+    assert codec.native is None
     with pytest.raises(TypeError, match="MLX has no form of awq 4-bit g16"):
-        codec.keep({}, 0, 8)
+        codec.to_native({}, 0, 8)
 
 
 def test_encoding_loses_at_most_half_a_step() -> None:

@@ -133,7 +133,7 @@ def parts_of(spec: QuantSpec, dtype: mx.Dtype, *, biases: bool = True) -> dict[s
         MlxQuantized(SPEC, DType.F16, False),
         MlxQuantized(QuantSpec("nvfp4"), DType.BF16, False),
     ],
-    ids=lambda codec: codec.word,
+    ids=lambda codec: codec.name,
 )
 def test_equal_formats_need_no_repacking(codec: Codec) -> None:
     repack = repacking(codec, codec)

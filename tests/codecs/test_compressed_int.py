@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integers import compressed, narrow, pack
+from native import mlx_form
 from numpy.typing import NDArray
 
-from mla_tools.codecs import Claim, MlxQuantized, Module, repacking
+from mla_tools.codecs import Claim, MlxQuantized, Module, Native, repacking
 from mla_tools.codecs.compressed_int import SAMPLES, CompressedInt, claim
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
@@ -118,11 +119,13 @@ def test_any_rows_are_those_of_the_whole(
     held = cut(codec, parts, start, stop)
     truth = compressed(parts, case[0], case[2])
     assert np.array_equal(np.array(codec.decode(held, start, stop, DType.F32)), truth[start:stop])
-    if codec.kept is not None:
-        assert np.array_equal(dequantized(codec.keep(held, start, stop), codec.kept), truth[start:stop])
+    if codec.native is not None:
+        assert np.array_equal(
+            dequantized(codec.to_native(held, start, stop), codec.native), truth[start:stop]
+        )
 
 
-def dequantized(parts: Mapping[str, mx.array], form: MlxQuantized) -> NDArray[Any]:
+def dequantized(parts: Mapping[str, mx.array], form: Native) -> NDArray[Any]:
     """Return what MLX computes from parts in float32."""
     spec = form.spec
     scales, biases = (parts[part].astype(mx.float32) for part in ("scales", "biases"))
@@ -138,9 +141,9 @@ KEPT = [(16, None), (20, None), (32, 32), (48, None), (64, 64), (96, 32), (128, 
 def test_the_form_kept_has_the_largest_group_that_divides(
     group: int, wanted: int | None, bits: int, symmetric: bool
 ) -> None:
-    kept = CompressedInt(bits, group, symmetric, DType.F16).kept
+    kept = CompressedInt(bits, group, symmetric, DType.F16).native
     dtype = DType.F16 if symmetric else DType.F32
-    assert kept == (MlxQuantized(QuantSpec("affine", bits, wanted), dtype, True) if wanted else None)
+    assert kept == (Native(QuantSpec("affine", bits, wanted), dtype) if wanted else None)
 
 
 @each_case
@@ -152,23 +155,23 @@ def test_kept_numbers_are_the_same_numbers(
     codec = codec_of(case, symmetric=symmetric, dtype=dtype)
     parts = stored(case, symmetric=symmetric, dtype=dtype)
     held = cut(codec, parts, 0, case[1], dtype)
-    if codec.kept is None:
+    if codec.native is None:
         with pytest.raises(TypeError, match="MLX has no form of int"):
-            codec.keep(held, 0, case[1])
+            codec.to_native(held, 0, case[1])
         return
-    made = codec.keep(held, 0, case[1])
-    specs = codec.kept.encoded(Spec(case[1:3], dtype))
+    made = codec.to_native(held, 0, case[1])
+    specs = mlx_form(codec.native).encoded(Spec(case[1:3], dtype))
     assert {part: array.shape for part, array in made.items()} == {p: s.shape for p, s in specs.items()}
     assert np.array_equal(np.array(made["weight"]).view(np.int32), parts["_packed"])
-    kept = codec.kept.dtype
+    kept = codec.native.dtype
     assert made["scales"].dtype == made["biases"].dtype == _FLOAT[kept]
     truth = compressed(parts, case[0], case[2])
     if dtype is not DType.F32:
-        assert np.array_equal(dequantized(made, codec.kept), truth)
+        assert np.array_equal(dequantized(made, codec.native), truth)
     else:
         # A code times a scale of 24 bits is more than float32 holds: MLX rounds it before it adds the
         # bias, and a zero point times such a scale is rounded too. A symmetric bias is exact.
-        assert np.allclose(dequantized(made, codec.kept), truth, rtol=0, atol=2**-13)
+        assert np.allclose(dequantized(made, codec.native), truth, rtol=0, atol=2**-13)
         half = np.array(made["scales"]) * -np.float32(2 ** (case[0] - 1))
         assert np.array_equal(np.array(made["biases"]), half) == symmetric
 
@@ -180,7 +183,7 @@ def test_a_narrower_target_rounds_each_bias_once(symmetric: bool) -> None:
     repack = repacking(codec, MlxQuantized(QuantSpec("affine", 4, 64), DType.BF16, True))
     assert repack is not None
     held = cut(codec, parts, 0, 13)
-    made, exact = repack(held, 0, 13), codec.keep(held, 0, 13)
+    made, exact = repack(held, 0, 13), codec.to_native(held, 0, 13)
     assert made["scales"].dtype == made["biases"].dtype == mx.bfloat16
     assert mx.array_equal(made["scales"], held["_scale"]).item()
     assert mx.array_equal(made["biases"], exact["biases"].astype(mx.bfloat16)).item()
@@ -194,9 +197,9 @@ def test_no_other_form_is_reached_without_decoding() -> None:
 
 
 def test_words_for_people() -> None:
-    assert CompressedInt(4, 32, True, DType.BF16).word == "int4 g32"
-    assert CompressedInt(8, None, True, DType.BF16).word == "int8 rows"
-    assert CompressedInt(4, 64, False, DType.BF16).word == "int4 g64 asymmetric"
+    assert CompressedInt(4, 32, True, DType.BF16).name == "int4 g32"
+    assert CompressedInt(8, None, True, DType.BF16).name == "int8 rows"
+    assert CompressedInt(4, 64, False, DType.BF16).name == "int4 g64 asymmetric"
 
 
 # --- samples -----------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_every_leaf_is_a_tensor_of_its_own() -> None:
 @FLOATS
 def test_word_parts_and_rows(dtype: DType) -> None:
     codec = Dense(dtype)
-    assert codec.word == dtype.name.lower()
+    assert codec.name == dtype.name.lower()
     assert codec.quantized is False
     assert codec.encoded(Spec((4, 5), DType.F32)) == {"weight": Spec((4, 5), dtype)}
     assert codec.cut(2, 7) == {"weight": (2, 7)}

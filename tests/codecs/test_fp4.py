@@ -88,7 +88,7 @@ def test_decodes_any_rows(codec: Fp4, rows: int, groups: int, seed: int, data: s
 @given(rows=st.integers(1, 6), groups=st.integers(1, 4), seed=st.integers(0, 1 << 30))
 def test_mx_codes_move_to_mlx_as_they_are(rows: int, groups: int, seed: int) -> None:
     parts = random_parts(MX, rows, groups * 32, seed)
-    kept = MX.keep(cut(MX, parts, 0, rows), 0, rows)
+    kept = MX.to_native(cut(MX, parts, 0, rows), 0, rows)
     assert np.array(kept["weight"]).tobytes() == parts["weight"].tobytes()
     assert np.array(kept["scales"]).tobytes() == parts["_scale"].tobytes()
     got = mx.dequantize(kept["weight"], kept["scales"], mode="mxfp4", dtype=mx.float32)
@@ -98,7 +98,7 @@ def test_mx_codes_move_to_mlx_as_they_are(rows: int, groups: int, seed: int) -> 
 @pytest.mark.parametrize("codec", [NV, CT], ids=["times", "divided"])
 def test_nv_codes_move_to_mlx_with_the_second_scale_beside_them(codec: Fp4) -> None:
     parts = random_parts(codec, 5, 64, 7)
-    kept = codec.keep(cut(codec, parts, 1, 4), 1, 4)
+    kept = codec.to_native(cut(codec, parts, 1, 4), 1, 4)
     assert np.array(kept["weight"]).tobytes() == parts[codec.codes][1:4].tobytes()
     assert np.array(kept["scales"]).tobytes() == parts[codec.scale][1:4].tobytes()
     second = np.float64(parts[codec.overall].reshape(())) ** (-1 if codec.divides else 1)
@@ -125,7 +125,7 @@ def test_every_exponent(byte: int) -> None:
 def test_a_scale_that_is_no_number_is_refused(method: str) -> None:
     parts = cut(MX, {"weight": np.zeros((1, 16), np.uint8), "_scale": np.array([[255]], np.uint8)}, 0, 1)
     with pytest.raises(MlaToolsError, match="not a number; the checkpoint is damaged"):
-        MX.keep(parts, 0, 1) if method == "keep" else MX.decode(parts, 0, 1, DType.F32)
+        MX.to_native(parts, 0, 1) if method == "keep" else MX.decode(parts, 0, 1, DType.F32)
 
 
 @pytest.mark.parametrize(

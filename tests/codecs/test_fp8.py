@@ -118,7 +118,7 @@ def test_parts_of_a_tensor(shape: tuple[int, int]) -> None:
         "weight": Spec(shape, DType.F8_E4M3),
         "_scale_inv": Spec(scales_shape(shape), DType.F32),
     }
-    assert Fp8Block().word == "fp8 128x128"
+    assert Fp8Block().name == "fp8 128x128"
     assert Fp8Block().quantized
 
 

@@ -17,6 +17,7 @@ from conversion import convert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
+from native import mlx_form
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -225,7 +226,7 @@ def test_codes_and_scales_are_one_tensor(layout: Layout) -> None:
     ],
 )
 def test_words(name: str, word: str) -> None:
-    assert codec_of(LAYOUTS[name]).word == word
+    assert codec_of(LAYOUTS[name]).name == word
 
 
 V3 = LAYOUTS["v3"]
@@ -341,7 +342,7 @@ def test_any_rows_are_those_of_the_whole(layout: Layout, data: st.DataObject) ->
     parts = parts_of(layout, codec, start, stop)
     assert same(codec.decode(parts, start, stop, DType.F32), wanted[start:stop])
     if codec.packs:
-        assert_same_numbers(codec.keep(parts, start, stop), wanted[start:stop])
+        assert_same_numbers(codec.to_native(parts, start, stop), wanted[start:stop])
 
 
 def test_no_rows_take_no_scales() -> None:
@@ -387,9 +388,9 @@ def assert_same_numbers(made: dict[str, mx.array], wanted: Floats) -> None:
 def test_who_is_kept_as_mxfp8(layout: Layout) -> None:
     name = next(name for name, entry in LAYOUTS.items() if entry is layout)
     codec = codec_of(layout)
-    assert codec.kept == (MXFP8 if name in KEPT else None)
-    assert codec.convertible == (MXFP8 if name in ASKED else None)
-    assert (repacking(codec, MXFP8) is not None) == (name in ASKED)
+    assert codec.native == (MXFP8 if name in KEPT else None)
+    assert codec.on_request == (MXFP8 if name in ASKED else None)
+    assert (repacking(codec, mlx_form(MXFP8)) is not None) == (name in ASKED)
     for target in (Dense(DType.BF16), MlxQuantized(QuantSpec(), DType.BF16, True)):
         assert repacking(codec, target) is None
 
@@ -399,12 +400,12 @@ def test_keep_moves_bits_and_changes_no_number(layout: Layout) -> None:
     codec = codec_of(layout)
     codes, scales = stored(layout)
     wanted = meant(codes, scales, layout.block)
-    repack = repacking(codec, MXFP8)
+    repack = repacking(codec, mlx_form(MXFP8))
     assert repack is not None
     made = dict(repack(parts_of(layout, codec, 0, len(wanted)), 0, len(wanted)))
     assert {part: value.shape for part, value in made.items()} == {
         part: (len(wanted), spec.width)
-        for part, spec in MXFP8.encoded(Spec(layout.codes, DType.BF16)).items()
+        for part, spec in mlx_form(MXFP8).encoded(Spec(layout.codes, DType.BF16)).items()
     }
     assert np.array_equal(np.array(made["weight"]).view(np.uint8), codes.reshape(len(wanted), -1))
     assert_same_numbers(made, wanted)
@@ -416,7 +417,7 @@ def test_every_code_at_every_exponent_is_the_same_number_in_mxfp8() -> None:
     scales = np.arange(255, dtype=np.uint8)[:, None].repeat(8, 1)
     parts = {"weight": array(codes), "_scale_inv": array(scales)}
     wanted = meant(codes, scales, (1, 32))
-    assert_same_numbers(codec.keep(parts, 0, 255), wanted)
+    assert_same_numbers(codec.to_native(parts, 0, 255), wanted)
     # NaN codes stay NaN, 448 x 2^127 is infinite, and 2^-9 x 2^-127 is still a number.
     assert np.isnan(wanted[:, [0x7F, 0xFF]]).all()
     assert np.isinf(wanted[254, 0x7E])
@@ -444,9 +445,9 @@ def test_a_scale_that_is_no_power_of_two_is_named(number: float) -> None:
     codes = np.zeros((192, 320), np.uint8)
     parts = {"weight": array(codes), "_scale_inv": array(scales)}
     with pytest.raises(MlaToolsError, match=re.escape(f"there is a scale of {float(np.float32(number))}")):
-        codec.keep(parts, 0, 192)
+        codec.to_native(parts, 0, 192)
     # Rows that it does not concern are kept.
-    codec.keep({"weight": array(codes[:128]), "_scale_inv": array(scales[:1])}, 0, 128)
+    codec.to_native({"weight": array(codes[:128]), "_scale_inv": array(scales[:1])}, 0, 128)
 
 
 @pytest.mark.parametrize("power", [-127, -126, -1, 0, 127])
@@ -456,7 +457,7 @@ def test_extreme_powers_of_two_are_kept(power: int, dtype: Any) -> None:
     codes = np.arange(256, dtype=np.uint8)[None]
     scales = np.full((1, 8), 2.0**power).astype(dtype)
     parts = {"weight": array(codes), "_scale_inv": array(scales)}
-    assert_same_numbers(codec.keep(parts, 0, 1), meant(codes, scales, (1, 32)))
+    assert_same_numbers(codec.to_native(parts, 0, 1), meant(codes, scales, (1, 32)))
 
 
 def test_nan_scales_are_refused_because_mlx_reads_infinity() -> None:
@@ -466,14 +467,14 @@ def test_nan_scales_are_refused_because_mlx_reads_infinity() -> None:
     assert mx.all(mx.isinf(read)).item()
     codec = codec_of(LAYOUTS["e8m0"])
     with pytest.raises(MlaToolsError, match="a scale of nan"):
-        codec.keep(
+        codec.to_native(
             {"weight": mx.zeros((1, 320), mx.uint8), "_scale_inv": mx.full((1, 3), 255, mx.uint8)}, 0, 1
         )
 
 
 def test_what_cannot_be_kept_says_so() -> None:
     with pytest.raises(TypeError, match="fp8 128x128"):
-        codec_of(V3).keep({}, 0, 1)
+        codec_of(V3).to_native({}, 0, 1)
 
 
 # --- encoding ----------------------------------------------------------------------------------------
@@ -495,7 +496,7 @@ def test_encoding_loses_at_most_half_a_step(layout: Layout) -> None:
     largest = 2 * np.abs(values).max() / 448
     assert (np.abs(again - values) <= np.maximum(np.abs(values) * 2**-4, largest * 2**-10) * 1.01).all()
     if codec.packs:
-        assert_same_numbers(codec.keep(flat, 0, len(values)), again)
+        assert_same_numbers(codec.to_native(flat, 0, len(values)), again)
 
 
 # --- whole checkpoints -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integers import gptq, narrow, pack
+from native import mlx_form
 from numpy.typing import NDArray
 
 from mla_tools.codecs import MlxQuantized, Module, awq, repacking
@@ -116,14 +117,14 @@ def test_any_rows_are_those_of_the_whole(
     held, truth = cut(codec, parts, start, stop), gptq(parts, bits, kind[1])[start:stop]
     assert ("g_idx" in held) == g_idx
     assert np.array_equal(np.array(codec.decode(held, start, stop, DType.F32)), truth)
-    if codec.kept is not None:
-        made = codec.keep(held, start, stop)
-        specs = codec.kept.encoded(Spec((stop - start, width), DType.F16))
+    if codec.native is not None:
+        made = codec.to_native(held, start, stop)
+        specs = mlx_form(codec.native).encoded(Spec((stop - start, width), DType.F16))
         found = {part: Spec(array.shape, specs[part].dtype) for part, array in made.items()}
         assert found == specs
-        assert made["biases"].dtype == made["scales"].dtype == getattr(mx, codec.kept.dtype.mlx)
+        assert made["biases"].dtype == made["scales"].dtype == getattr(mx, codec.native.dtype.mlx)
         assert np.array_equal(np.array(made["weight"]).view(np.int32), parts["qweight"].T[start:stop])
-        assert np.array_equal(dequantized(made, codec.kept), truth)
+        assert np.array_equal(dequantized(made, codec.native), truth)
 
 
 @each_kind
@@ -133,7 +134,7 @@ def test_a_narrower_target_rounds_each_bias_once(kind: tuple[bool, int]) -> None
     held = cut(codec, parts, 0, 24)
     repack = repacking(codec, MlxQuantized(QuantSpec("affine", 4, 32), DType.F16, True))
     assert repack is not None
-    made, exact = repack(held, 0, 24), codec.keep(held, 0, 24)
+    made, exact = repack(held, 0, 24), codec.to_native(held, 0, 24)
     assert mx.array_equal(made["scales"], held["scales"].T).item()
     assert mx.array_equal(made["biases"], exact["biases"].astype(mx.float16)).item()
     assert mx.array_equal(made["biases"], exact["biases"]).item() == kind[0]
@@ -141,9 +142,9 @@ def test_a_narrower_target_rounds_each_bias_once(kind: tuple[bool, int]) -> None
 
 def test_groups_that_mlx_lacks_are_decoded() -> None:
     codec = Gptq(4, 16, False, 1, DType.F16, 48)
-    assert codec.kept is None
+    assert codec.native is None
     with pytest.raises(TypeError, match="MLX has no form of gptq 4-bit g16"):
-        codec.keep({}, 0, 8)
+        codec.to_native({}, 0, 8)
 
 
 # --- what only the data can tell ---------------------------------------------------------------------
@@ -157,7 +158,7 @@ def refusal(codec: Gptq, parts: Parts) -> str:
         codec.decode(held, 0, 8, DType.F32)
     said.add(str(error.value))
     with pytest.raises(MlaToolsError) as error:
-        codec.keep(held, 0, 8)
+        codec.to_native(held, 0, 8)
     said.add(str(error.value))
     (text,) = said
     return text

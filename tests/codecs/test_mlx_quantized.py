@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tools.codecs import mlx_quantized
-from mla_tools.codecs.codec import Module
-from mla_tools.codecs.mlx_quantized import MlxQuantized, claim, recast
+from mla_tools.codecs.codec import Module, recast
+from mla_tools.codecs.mlx_quantized import MlxQuantized, claim
 from mla_tools.quantization import MODES, QuantSpec
 from mla_tools.spec import DType, Spec
 
@@ -28,7 +28,7 @@ CODECS = [
 each_codec = pytest.mark.parametrize(
     "codec",
     CODECS,
-    ids=lambda c: f"{c.word}-{c.dtype.name}-{'biases' if c.biases else 'none'}".replace(" ", "_"),
+    ids=lambda c: f"{c.name}-{c.dtype.name}-{'biases' if c.biases else 'none'}".replace(" ", "_"),
 )
 each_spec = pytest.mark.parametrize("spec", [*AFFINE, *BLOCK_FLOATS], ids=lambda s: str(s).replace(" ", "_"))
 
@@ -80,7 +80,7 @@ def test_encoded_tells_the_parts_that_mlx_makes(codec: MlxQuantized) -> None:
 def test_the_word_is_what_people_call_it(spec: QuantSpec) -> None:
     codec = MlxQuantized(spec, DType.BF16, spec.has_biases)
     wanted = f"affine {spec.bits}-bit g{spec.group_size}" if spec.mode == "affine" else spec.mode
-    assert codec.word == wanted
+    assert codec.name == wanted
     assert codec.quantized
 
 
@@ -110,7 +110,7 @@ def test_affine_is_encoded_by_mlx_on_a_gpu(device: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "codec",
     [c for c in CODECS if c.spec.bits in (3, 4, 8)],
-    ids=lambda c: f"{c.word}-{c.dtype.name}-{'biases' if c.biases else 'none'}".replace(" ", "_"),
+    ids=lambda c: f"{c.name}-{c.dtype.name}-{'biases' if c.biases else 'none'}".replace(" ", "_"),
 )
 def test_any_rows_decode_to_those_of_the_whole(codec: MlxQuantized) -> None:
     rows, spec = 9, codec.spec

@@ -29,8 +29,9 @@ from mla_tools.files.hub import Repository, open_repository
 from mla_tools.files.network import Arrival, Pace, PassingError
 from mla_tools.files.place import read_whole
 from mla_tools.files.reader import Reader
+from mla_tools.options import Options
 from mla_tools.output import RECORD
-from mla_tools.plan import Options, make_plan
+from mla_tools.plan import make_plan
 from mla_tools.quantization import QuantSpec
 from mla_tools.samples import write_sample
 

@@ -64,15 +64,18 @@ class Family:
         """Return the key under which the numbers stand in a config, None where they stand at the top."""
         return None if self.flat and self.section not in config else self.section
 
+    def given(self, config: Config) -> Config:
+        """Return the part of a config in which the numbers stand, as it is; {} where it is no object."""
+        place = self.place(config)
+        part = config.get(place) if place else config
+        return part if isinstance(part, Mapping) else {}
+
     def numbers(self, config: Config) -> dict[str, Any]:
         """Return the part of a config that the table is made from, with the defaults filled in.
 
         A null is no value where there is a default.
         """
-        place = self.place(config)
-        part = config.get(place) if place else config
-        defaults = self.defaults or {}
-        given = part.items() if isinstance(part, Mapping) else ()
+        defaults, given = self.defaults or {}, self.given(config).items()
         return {**defaults, **{k: v for k, v in given if v is not None or k not in defaults}}
 
     def rewritten(self, config: Config) -> dict[str, Any]:

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_tools.codecs import awq, compressed_int, dense, fp4, fp8, gptq, mlx_quantized
-from mla_tools.codecs.codec import Claim, Codec, Module, Sample, part_name
+from mla_tools.codecs.codec import (
+    GLOBAL_SCALE,
+    Claim,
+    Codec,
+    Module,
+    Native,
+    Parts,
+    Quantized,
+    Sample,
+    TargetCodec,
+    part_name,
+    recast,
+)
 from mla_tools.codecs.dense import Dense
 from mla_tools.codecs.fp8 import Fp8Block
-from mla_tools.codecs.mlx_quantized import GLOBAL_SCALE, MlxQuantized
+from mla_tools.codecs.mlx_quantized import MlxQuantized, bare, stored_as
 from mla_tools.spec import DType
 
 if TYPE_CHECKING:
@@ -31,10 +43,16 @@ __all__ = [
     "Fp8Block",
     "MlxQuantized",
     "Module",
+    "Native",
+    "Quantized",
     "Sample",
+    "TargetCodec",
+    "bare",
     "bundle",
+    "config_keys",
     "part_name",
     "repacking",
+    "stored_as",
 ]
 
 # Endings of the stored tensors that belong to a weight, for messages about those that stand alone.
@@ -60,10 +78,8 @@ FORMATS: dict[str, Sample] = {
     ),
 }
 
-Parts = Mapping[str, "mx.array"]
-
 # Parts that hold rows start..stop, in the rows that the source codec's `cut` names, start, stop.
-Repack = Callable[[Parts, int, int], Parts]
+Repack = Callable[[Parts, int, int], Mapping[str, "mx.array"]]
 
 
 # Stored tensors that say something about activations or caches, which MLX keeps in floats.
@@ -97,7 +113,7 @@ def bundle(module: Module) -> Bundle:
         for claim in take(module):
             for leaf in claim.parts.values():
                 if leaf in taken:
-                    raise ValueError(f"{leaf} is {taken[leaf].codec.word} and {claim.codec.word} at once")
+                    raise ValueError(f"{leaf} is {taken[leaf].codec.name} and {claim.codec.name} at once")
                 taken[leaf] = claim
             claims.append(claim)
     rest = {leaf: spec for leaf, spec in module.leaves.items() if leaf not in taken}
@@ -123,28 +139,33 @@ def _why_not(leaf: str, module: Module) -> str:
     return f"no format known here stores a tensor in {dtype} with {beside} beside it"
 
 
-def repacking(source: Codec, target: Codec) -> Repack | None:
+def repacking(source: Codec, target: TargetCodec) -> Repack | None:
     """Return how the parts of one format become those of another without decoding, if they can.
 
     The codes and the numbers stay as they are, but for affine scales that are rounded to a narrower
-    dtype. Parts are handed over in rows.
+    dtype. Parts are handed over in rows, and `target.finish` makes of them what is stored.
     """
-    kept = source.convertible
-    shares = isinstance(target, MlxQuantized) and target.shared is not None
+    native = source.on_request
+    shares = native is not None and native.global_scale
     if source == target and not shares:
         return lambda parts, start, stop: parts
-    if kept is None or not isinstance(target, MlxQuantized) or target.spec != kept.spec:
-        return None
-    if kept.shared is not None and not shares:
-        return None
+    if native is not None and target.takes(native):
+        form = native  # for the function below, which mypy reads by itself
+        widens = target.widens(form)
 
-    def repack(parts: Parts, start: int, stop: int) -> Parts:
-        # Block-float scales are bytes, whatever dtype they are decoded to.
-        same = kept.dtype == target.dtype or not kept.spec.has_biases
-        # What is made of scales may be too large for their dtype and not for the target's.
-        parts = source.keep(parts if same else mlx_quantized.recast(parts, DType.F32), start, stop)
-        if shares and kept.shared is None:
-            parts = {**parts, **mlx_quantized.neutral(stop - start)}
-        return parts if same else mlx_quantized.recast(parts, target.dtype)
+        def repack(parts: Parts, start: int, stop: int) -> Mapping[str, mx.array]:
+            held = recast(parts, DType.F32) if widens else parts
+            return target.from_native(source.to_native(held, start, stop), form, stop - start)
 
-    return repack
+        return repack
+    return None
+
+
+def config_keys(found: Quantized) -> dict[str, Any]:
+    """Return the keys of config.json that say how an output's modules are stored; {} where all are floats."""
+    formats = {type(codec): codec for codec in found.codecs.values()}
+    if len(formats) > 1:
+        names = ", ".join(sorted({codec.name for codec in found.codecs.values()}))
+        raise ValueError(f"one config.json cannot name formats of several kinds: {names}")
+    codec = next(iter(formats.values()), None)
+    return mlx_quantized.config_of(found) if codec is None else codec.config(found)

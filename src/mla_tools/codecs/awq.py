@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Module, Native, Rows, Sample, TargetCodec
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
-from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.errors import clipped
 from mla_tools.spec import DType, Spec
 
@@ -33,7 +32,7 @@ _NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
-class Awq(Codec):
+class Awq(TargetCodec):
     """4-bit codes in groups of `group`, scales in `dtype`, of a tensor whose rows have `width` elements.
 
     Its rows are columns of the parts, so the parts are always read whole, and `width` says how many
@@ -45,7 +44,7 @@ class Awq(Codec):
     width: int = 0
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         return f"awq {_BITS}-bit g{self.group}"
 
     @property
@@ -53,7 +52,7 @@ class Awq(Codec):
         return True
 
     @property
-    def kept(self) -> MlxQuantized | None:
+    def native(self) -> Native | None:
         return affine_form(_BITS, self.group, DType.F32)
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
@@ -75,10 +74,10 @@ class Awq(Codec):
         codes, zeros = _columns(parts["qweight"], start, stop), _columns(parts["qzeros"], start, stop)
         return dequantized(codes, parts["scales"][:, start:stop].T, zeros, dtype)
 
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-        form = self.kept
+    def to_native(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        form = self.native
         if form is None:
-            raise TypeError(f"MLX has no form of {self.word}")
+            return super().to_native(parts, start, stop)
         words = pack(_columns(parts["qweight"], start, stop), _BITS)
         zeros = _columns(parts["qzeros"], start, stop)
         return affine(words, parts["scales"][:, start:stop].T, zeros, form)

@@ -1,5 +1,9 @@
 """What a codec is: the way one tensor is spelled in stored tensors.
 
+It has two halves. Every format can be read: `Codec` says what its parts are, which rows of them hold which
+rows of the tensor, and what numbers they mean. A format that can be written, too, is a `TargetCodec`. No
+code outside of a format's own file asks which format it has before it.
+
 The parts of a tensor are named by what has to be done to its name to find them: "weight" is the
 tensor's own name, "_scale_inv" is appended to it, and any other word takes the place of its last
 component. So the parts of `x.weight` are `x.weight`, `x.weight_scale_inv` and `x.scales`.
@@ -7,31 +11,64 @@ component. So the parts of `x.weight` are `x.weight`, `x.weight_scale_inv` and `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mla_tools.errors import MlaToolsError
+from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mla_tools.codecs.mlx_quantized import MlxQuantized
-
-__all__ = ["Claim", "Codec", "Module", "Rows", "Sample", "part_name", "refuse"]
+__all__ = [
+    "GLOBAL_SCALE",
+    "NEUTRAL",
+    "Claim",
+    "Codec",
+    "Module",
+    "Native",
+    "Quantized",
+    "Rows",
+    "Sample",
+    "TargetCodec",
+    "part_name",
+    "recast",
+    "refuse",
+]
 
 Rows = tuple[int, int]
+Parts = Mapping[str, "mx.array"]
+
+# The part of MLX's nvfp4 with one float32 number for each expert; layers of experts alone have it.
+GLOBAL_SCALE = "global_scale"
+
+# MLX multiplies nvfp4 codes and scales with global_scale / 2688, the largest E2M1 times the largest E4M3.
+NEUTRAL = 6.0 * 448.0
+
+
+@dataclass(frozen=True)
+class Native:
+    """The form in which MLX holds the numbers of a tensor: its mode, and the dtype of affine scales.
+
+    `global_scale`: with a float32 scale for the whole tensor beside those of the groups. In the
+    block-float modes `dtype` is bfloat16, what MLX decodes them to.
+    """
+
+    spec: QuantSpec
+    dtype: DType = DType.BF16
+    global_scale: bool = False
 
 
 class Codec(Protocol):
-    """How a tensor is stored. Instances are values: equal codecs mean equal spelling.
+    """How a tensor is stored, for reading. Instances are values: equal codecs mean equal spelling.
 
     Formats inherit from it for the members that most of them do not need to say anything about.
     """
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         """The name of the format for people: "bf16", "fp8 128x128", "affine 4-bit g64"."""
         ...
 
@@ -41,20 +78,28 @@ class Codec(Protocol):
         ...
 
     @property
-    def kept(self) -> MlxQuantized | None:
+    def native(self) -> Native | None:
         """The form in which MLX holds exactly these numbers, or None where it has none.
 
-        It is what a conversion without -q aims at, and `keep` makes it.
+        It is what a conversion without -q aims at, and `to_native` makes it.
         """
-        ...
+        return None
 
     @property
-    def convertible(self) -> MlxQuantized | None:
-        """The form in which MLX can hold these numbers if it is asked for; `kept`, or one more daring."""
-        return self.kept
+    def on_request(self) -> Native | None:
+        """The form in which MLX holds these numbers on request, although nothing promises that it can.
+
+        `native` is one; a format may have another, and then `to_native` looks at each number.
+        """
+        return self.native
+
+    @property
+    def computes_in(self) -> DType | None:
+        """The dtype in which `decode` computes where that is asked for; None: float32, rounded once."""
+        return None
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
-        """Return the stored parts of a tensor of this spec."""
+        """Return the stored parts of a tensor of this spec; ValueError where it cannot be stored so."""
         ...
 
     def cut(self, start: int, stop: int) -> dict[str, Rows]:
@@ -65,37 +110,108 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
+    def decode(self, parts: Parts, start: int, stop: int, dtype: DType) -> mx.array:
         """Return rows start..stop as [rows, width] in a float dtype, from the rows that `cut` names."""
         ...
 
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-        """Return rows start..stop in the form `convertible`, from the rows that `cut` names, not decoded.
+    def to_native(self, parts: Parts, start: int, stop: int) -> dict[str, mx.array]:
+        """Return rows start..stop in the form `on_request`, from the rows that `cut` names, not decoded.
 
         A global scale comes as one for each row, [rows, 1], so that ops can treat it like any part;
-        `MlxQuantized.joined` makes one for each expert of it.
+        `TargetCodec.finish` makes of it what is stored.
         """
-        ...
+        raise TypeError(f"MLX has no form of {self.name}")
 
-    def check(self, parts: Mapping[str, mx.array]) -> None:
+    def check(self, parts: Parts) -> None:
         """Raise MlaToolsError for a scale that nothing can be multiplied with: NaN, infinity.
 
         Evaluates the scales among the parts, so it is called where data has just been read, before
-        `decode` and `keep`. These refuse by themselves what they would take for another number.
+        `decode` and `to_native`. These refuse by themselves what they would take for another number.
         """
         del parts
 
-    def encode(self, array: mx.array) -> dict[str, mx.array]:
-        """Return the parts of an array, whose dtype is the one to compute in.
+    def declared(self, config: Mapping[str, Any], paths: Sequence[str]) -> str | None:
+        """Return what config.json says of a tensor where that is not what the tensor is, else None.
 
-        For MLX's formats this is what a conversion writes; for the others it serves samples and tests,
-        and simple rounding to the nearest code is enough.
+        `paths` are the names that its module may have there.
         """
+        del config, paths
+        return None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What config.json has to say of an output: which module is stored how.
+
+    `codecs`: by path, those of quantized weights. `asked`: the spec that the user gave for all, if any.
+    `moved`: paths whose rows were taken over from the source. `named`: paths that are always named.
+    `floats`: paths that could be quantized and are not. `copied`: names of stored tensors that were copied
+    without a look into them. `source`: the section on quantization that MLX wrote into the source's config.
+    """
+
+    codecs: Mapping[str, TargetCodec]
+    asked: QuantSpec | None = None
+    moved: Collection[str] = ()
+    named: Collection[str] = ()
+    floats: Sequence[str] = ()
+    copied: Collection[str] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TargetCodec(Codec, Protocol):
+    """How a tensor is stored, for writing too."""
+
+    @property
+    def rows_together(self) -> int:
+        """How many rows share a scale: rows are encoded from a multiple of this on, and up to one."""
+        return 1
+
+    def encode(self, array: mx.array) -> dict[str, mx.array]:
+        """Return the parts of rows [..., rows, width], whose dtype is the one to compute in."""
         ...
 
     def encode_now(self, array: mx.array) -> dict[str, mx.array]:
         """Return what `encode` does, perhaps evaluated, where that is sooner done."""
         return self.encode(array)
+
+    def finish(self, parts: Parts, start: int, spec: Spec) -> dict[str, mx.array]:
+        """Return the parts as they are stored, of rows from `start` on of a tensor of this spec."""
+        del start, spec
+        return dict(parts)
+
+    def offset(self, part: str, start: int, stored: Spec) -> int:
+        """Return the byte of a part, stored as this spec, at which the rows from `start` on begin."""
+        rows = self.cut(start, start + 1).get(part)
+        return rows[0] * stored.row_bytes if rows else 0
+
+    def takes(self, native: Native) -> bool:
+        """Return whether `from_native` can write numbers in this form, without loss."""
+        del native
+        return False
+
+    def widens(self, native: Native) -> bool:
+        """Return whether the float parts of a source should be float32 before `to_native` is called."""
+        del native
+        return False
+
+    def from_native(self, parts: Parts, native: Native, rows: int) -> dict[str, mx.array]:
+        """Return the parts of so many rows in MLX's form as parts of this format, not decoded."""
+        raise TypeError(f"{self.name} does not take {native.spec}, {rows} rows of {', '.join(parts)}")
+
+    def in_dtype(self, dtype: DType) -> TargetCodec:
+        """Return the codec whose scales have this float dtype instead, where they are floats."""
+        del dtype
+        return self
+
+    def working_bytes(self, elements: int, nbytes: int) -> int:
+        """Return the memory that `encode_now` takes beyond its floats, of `nbytes` each, and the result."""
+        del elements, nbytes
+        return 0
+
+    def config(self, found: Quantized) -> dict[str, Any]:
+        """Return the keys of config.json that say how the modules of an output in this format are stored."""
+        del found
+        return {}
 
 
 @dataclass(frozen=True)
@@ -103,10 +219,10 @@ class Sample:
     """A format as samples are written in it: the codec of the linear layers, the float dtype of the
     rest, the section that such checkpoints have in config.json, and the experts' codec if it is another."""
 
-    codec: Codec
+    codec: TargetCodec
     dtype: DType
     section: Mapping[str, object] | None = None
-    experts: Codec | None = None
+    experts: TargetCodec | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +238,7 @@ class Module:
     quantization: Mapping[str, object]
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A codec's claim: these leaves together are this tensor."""
 
     leaf: str
@@ -139,6 +254,17 @@ def part_name(tensor: str, part: str) -> str:
     if part.startswith("_"):
         return tensor + part
     return tensor[: tensor.rfind(".") + 1] + part
+
+
+def recast(parts: Parts, dtype: DType) -> dict[str, mx.array]:
+    """Return parts with those that are floats, scales and biases, in another float dtype."""
+    import mlx.core as mx
+
+    wanted = getattr(mx, dtype.mlx)
+    return {
+        part: array.astype(wanted) if mx.issubdtype(array.dtype, mx.floating) else array
+        for part, array in parts.items()
+    }
 
 
 def refuse(numbers: mx.array, part: str, stored: mx.array | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.codecs.codec import Native
 from mla_tools.quantization import MODES, QuantSpec
 from mla_tools.spec import DType
 
@@ -41,18 +41,16 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 
 @cache
-def affine_form(bits: int, group: int | None, dtype: DType) -> MlxQuantized | None:
+def affine_form(bits: int, group: int | None, dtype: DType) -> Native | None:
     """Return the affine form of codes that share a scale in groups: the largest of MLX's that divides them.
 
     None where MLX has none, and for a group of unknown length.
     """
     sizes = [size for size in MODES["affine"][1] if group and group % size == 0]
-    return MlxQuantized(QuantSpec("affine", bits, max(sizes)), dtype, biases=True) if sizes else None
+    return Native(QuantSpec("affine", bits, max(sizes)), dtype) if sizes else None
 
 
-def affine(
-    words: mx.array, scales: mx.array, zeros: mx.array | None, form: MlxQuantized
-) -> dict[str, mx.array]:
+def affine(words: mx.array, scales: mx.array, zeros: mx.array | None, form: Native) -> dict[str, mx.array]:
     """Return MLX's parts for words [rows, words], scales and zero points [rows, groups].
 
     MLX computes code * scale + bias, so the bias is -zero * scale. Without `zeros` the zero point is

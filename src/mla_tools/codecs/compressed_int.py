@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Module, Native, Parts, Quantized, Rows, Sample, TargetCodec
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
-from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -27,9 +26,13 @@ __all__ = ["SAMPLES", "CompressedInt", "claim"]
 
 _BITS = (4, 8)
 
+# Bytes of working memory that encoding takes for each element, less twice those of the float dtype; the
+# growth of mx.get_peak_memory.
+_WORKING = 19
+
 
 @dataclass(frozen=True)
-class CompressedInt(Codec):
+class CompressedInt(TargetCodec):
     """Codes of 4 or 8 bits; `group` of them share a scale in `dtype`.
 
     `group` is None for whole rows of any width, which only a sample is; a claim gives their width.
@@ -41,7 +44,7 @@ class CompressedInt(Codec):
     dtype: DType
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         group = f"g{self.group}" if self.group else "rows"
         return f"int{self.bits} {group}" + ("" if self.symmetric else " asymmetric")
 
@@ -50,7 +53,7 @@ class CompressedInt(Codec):
         return True
 
     @property
-    def kept(self) -> MlxQuantized | None:
+    def native(self) -> Native | None:
         return affine_form(self.bits, self.group, self.dtype if self.symmetric else DType.F32)
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
@@ -91,11 +94,16 @@ class CompressedInt(Codec):
         zeros = self._zeros(parts, start, stop)
         return dequantized(codes, scales, 2 ** (self.bits - 1) if zeros is None else zeros, dtype)
 
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-        form = self.kept
+    def to_native(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        form = self.native
         if form is None:
-            raise TypeError(f"MLX has no form of {self.word}")
+            return super().to_native(parts, start, stop)
         return affine(parts["_packed"], parts["_scale"], self._zeros(parts, start, stop), form)
+
+    @property
+    def rows_together(self) -> int:
+        # Zero points are packed along the rows.
+        return 1 if self.symmetric else 32 // self.bits
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx
@@ -110,6 +118,19 @@ class CompressedInt(Codec):
         if not self.symmetric:
             parts["_zero_point"] = mx.contiguous(pack(zeros.T, self.bits).T).view(mx.int32)
         return parts
+
+    def finish(self, parts: Parts, start: int, spec: Spec) -> dict[str, mx.array]:
+        import mlx.core as mx
+
+        made = {part: array for part, array in parts.items() if part != "_shape"}
+        return made if start else {**made, "_shape": mx.array(spec.shape, mx.int64)}
+
+    def working_bytes(self, elements: int, nbytes: int) -> int:
+        return elements * (_WORKING - 2 * nbytes)
+
+    def config(self, found: Quantized) -> dict[str, Any]:
+        section = _section(self.bits, self.group, symmetric=self.symmetric)
+        return {"quantization_config": {**section, "ignore": list(found.floats)}}
 
 
 def _section(bits: int, group: int | None, *, symmetric: bool) -> dict[str, object]:
@@ -137,13 +158,12 @@ def _section(bits: int, group: int | None, *, symmetric: bool) -> dict[str, obje
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "config_groups": {"group_0": linear},
-        "ignore": ["lm_head"],
     }
 
 
 def _sample(bits: int, group: int | None, *, symmetric: bool) -> Sample:
     codec = CompressedInt(bits, group, symmetric, DType.BF16)
-    return Sample(codec, DType.BF16, _section(bits, group, symmetric=symmetric))
+    return Sample(codec, DType.BF16, {**_section(bits, group, symmetric=symmetric), "ignore": ["lm_head"]})
 
 
 SAMPLES = {

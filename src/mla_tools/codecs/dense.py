@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Module, Rows, Sample, TargetCodec
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -18,22 +18,18 @@ _DTYPES = frozenset({DType.F32, DType.F16, DType.BF16, DType.I64, DType.I32})
 
 
 @dataclass(frozen=True)
-class Dense(Codec):
+class Dense(TargetCodec):
     """A tensor stored as itself."""
 
     dtype: DType
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         return self.dtype.name.lower()
 
     @property
     def quantized(self) -> bool:
         return False
-
-    @property
-    def kept(self) -> None:
-        return None
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         return {"weight": Spec(spec.shape, self.dtype)}
@@ -47,9 +43,6 @@ class Dense(Codec):
         stored = parts["weight"]
         # Whole numbers are narrowed by an op, which looks whether they fit.
         return stored if dtype.kind == "int" else stored.astype(getattr(mx, dtype.mlx))
-
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-        raise TypeError(f"MLX has no form of {self.word}")
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx

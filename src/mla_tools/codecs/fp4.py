@@ -16,10 +16,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample, part_name, refuse
-from mla_tools.codecs.mlx_quantized import GLOBAL_SCALE, NEUTRAL, MlxQuantized
+from mla_tools.codecs.codec import (
+    GLOBAL_SCALE,
+    NEUTRAL,
+    Claim,
+    Module,
+    Native,
+    Parts,
+    Rows,
+    Sample,
+    TargetCodec,
+    part_name,
+    refuse,
+)
 from mla_tools.errors import MlaToolsError
-from mla_tools.kernels import decode_e2m1
+from mla_tools.kernels import decode_e2m1, decode_e8m0
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
 
@@ -33,7 +44,7 @@ _NAN = 255  # the E8M0 byte that is no number
 
 
 @dataclass(frozen=True)
-class Fp4(Codec):
+class Fp4(TargetCodec):
     """E2M1 codes; `e8m0` tells MX from NV.
 
     `codes`, `scale` and `overall` are the parts; `overall` is the scale of the whole tensor, which
@@ -54,7 +65,7 @@ class Fp4(Codec):
         return 32 if self.e8m0 else 16
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         return "mxfp4 packed" if self.e8m0 else "nvfp4 packed"
 
     @property
@@ -62,9 +73,8 @@ class Fp4(Codec):
         return True
 
     @property
-    def kept(self) -> MlxQuantized | None:
-        shared = None if self.overall is None else 0
-        return MlxQuantized(QuantSpec("mxfp4" if self.e8m0 else "nvfp4"), DType.BF16, False, shared)
+    def native(self) -> Native | None:
+        return Native(QuantSpec("mxfp4" if self.e8m0 else "nvfp4"), global_scale=self.overall is not None)
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, width = spec.shape
@@ -103,9 +113,7 @@ class Fp4(Codec):
         if not self.e8m0:
             return mx.from_fp8(parts[self.scale], dtype=mx.float32)
         self._refuse_nan(parts)
-        # 2^(byte - 127) is the float32 with that byte as its exponent, but for byte 0, a subnormal.
-        bytes32 = parts[self.scale].astype(mx.uint32)
-        return mx.where(bytes32 == 0, mx.array(0x00400000, mx.uint32), bytes32 << 23).view(mx.float32)
+        return decode_e8m0(parts[self.scale])
 
     def _refuse_nan(self, parts: Mapping[str, mx.array]) -> None:
         import mlx.core as mx
@@ -113,7 +121,7 @@ class Fp4(Codec):
         if mx.any(parts[self.scale] == _NAN).item():
             raise MlaToolsError("an E8M0 scale is 255, which is not a number; the checkpoint is damaged")
 
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+    def to_native(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
         import mlx.core as mx
 
         if self.e8m0:
@@ -138,6 +146,15 @@ class Fp4(Codec):
             # What is divided by must not be zero, and the product that MLX is given must be finite.
             refuse(overall, self.overall)
             refuse(NEUTRAL / overall if self.divides else overall * NEUTRAL, self.overall, overall)
+
+    def takes(self, native: Native) -> bool:
+        return native == self.native and not native.global_scale
+
+    def from_native(self, parts: Parts, native: Native, rows: int) -> dict[str, mx.array]:
+        import mlx.core as mx
+
+        codes = mx.contiguous(parts["weight"]).view(getattr(mx, self.dtypes[0].mlx))
+        return {self.codes: codes, self.scale: parts["scales"]}
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx
@@ -190,7 +207,7 @@ def claim(module: Module) -> list[Claim]:
             if module.leaves[parts[part]] != needed:
                 there = module.leaves[parts[part]]
                 raise ValueError(
-                    f"{parts[part]} is {there}, but {codec.word} {list(whole.shape)} needs {needed}"
+                    f"{parts[part]} is {there}, but {codec.name} {list(whole.shape)} needs {needed}"
                 )
         claims.append(Claim(tensor, whole, codec, parts))
     return claims

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mla_tools.codecs.codec import Claim, Module, Sample, part_name
-from mla_tools.codecs.fp8_block import E8M0, GROUP, WHOLE, Fp8Block
+from mla_tools.codecs.fp8_block import E8M0, GROUP, WHOLE, Fp8Block, compressed_tensors, deepseek
 from mla_tools.errors import clipped
 from mla_tools.spec import DType, Spec
 
@@ -100,33 +100,17 @@ def _layouts(spec: Spec, named: Block | None) -> Iterator[tuple[Block, int, int]
     yield from ((weight, 0, axes) for axes in (1, 0))
 
 
-def _deepseek(block: int, **more: str) -> dict[str, object]:
-    section = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-    return {**section, "weight_block_size": [block, block], **more}
-
-
-def _compressed_tensors(**weights: object) -> dict[str, object]:
-    common = {"num_bits": 8, "type": "float", "symmetric": True}
-    tokens = {**common, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": {**common, **weights}, "input_activations": tokens}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
 SAMPLES = {
-    "fp8": Sample(Fp8Block(), DType.BF16, _deepseek(128)),
+    "fp8": Sample(Fp8Block(), DType.BF16, deepseek((128, 128))),
     # As DeepSeek V3.1 and V3.2 have them, powers of two in F32, and as V4 has them.
-    "fp8-ue8m0-f32": Sample(Fp8Block(packs=True), DType.BF16, _deepseek(128, scale_fmt="ue8m0")),
+    "fp8-ue8m0-f32": Sample(Fp8Block(packs=True), DType.BF16, deepseek((128, 128), scale_fmt="ue8m0")),
     "fp8-ue8m0": Sample(
-        Fp8Block(scales=DType.F8_E8M0, packs=True), DType.BF16, _deepseek(128, scale_fmt="ue8m0")
+        Fp8Block(scales=DType.F8_E8M0, packs=True), DType.BF16, deepseek((128, 128), scale_fmt="ue8m0")
     ),
     "fp8-32x32": Sample(
-        Fp8Block((32, 32), DType.F8_E8M0, "scale", packs=True), DType.BF16, _deepseek(32, scale_fmt="ue8m0")
+        Fp8Block((32, 32), DType.F8_E8M0, "scale", packs=True),
+        DType.BF16,
+        deepseek((32, 32), scale_fmt="ue8m0"),
     ),
     "fp8-tensor": Sample(
         Fp8Block((WHOLE, WHOLE), DType.BF16, axes=0),
@@ -134,11 +118,13 @@ SAMPLES = {
         {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
     ),
     "ct-fp8-channel": Sample(
-        Fp8Block((1, WHOLE), DType.BF16, "_scale"), DType.BF16, _compressed_tensors(strategy="channel")
+        Fp8Block((1, WHOLE), DType.BF16, "_scale"),
+        DType.BF16,
+        {**compressed_tensors(strategy="channel"), "ignore": ["lm_head"]},
     ),
     "ct-fp8-block": Sample(
         Fp8Block(scales=DType.BF16, part="_scale"),
         DType.BF16,
-        _compressed_tensors(strategy="block", block_structure=[128, 128]),
+        {**compressed_tensors(strategy="block", block_structure=[128, 128]), "ignore": ["lm_head"]},
     ),
 }

@@ -10,21 +10,21 @@ notwithstanding), and the headers of DeepSeek V4, Mistral Small 4 and checkpoint
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mla_tools.codecs.codec import Codec, Rows, refuse
-from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.codecs.codec import Native, Parts, Quantized, Rows, TargetCodec, refuse
 from mla_tools.errors import MlaToolsError
-from mla_tools.kernels import decode_e4m3
+from mla_tools.kernels import decode_e4m3, decode_e8m0
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["E8M0", "GROUP", "MXFP8", "WHOLE", "Fp8Block"]
+__all__ = ["E8M0", "GROUP", "MXFP8", "WHOLE", "Fp8Block", "compressed_tensors", "deepseek"]
 
 # A side of a block that is as long as the weight's own.
 WHOLE = 0
@@ -32,15 +32,19 @@ WHOLE = 0
 # A byte u that means 2^(u - 127), 255 NaN. mx.load gives uint8 for E8M0, and some writers do.
 E8M0 = frozenset({DType.F8_E8M0, DType.U8})
 
-MXFP8 = MlxQuantized(QuantSpec("mxfp8"), DType.BF16, biases=False)
+MXFP8 = Native(QuantSpec("mxfp8"))
 
 GROUP = MXFP8.spec.group_size
+
+# Bytes of working memory that encoding takes for each element, less twice those of the float dtype; the
+# growth of mx.get_peak_memory.
+_WORKING = 20
 
 _Index = TypeVar("_Index", int, "mx.array")
 
 
 @dataclass(frozen=True)
-class Fp8Block(Codec):
+class Fp8Block(TargetCodec):
     """E4M3 codes and a scale for each block of `block` rows and columns, a side WHOLE as the weight's.
 
     `part` and `scales`: the scales' name and dtype. `experts`: the rows of each expert of a stack,
@@ -58,7 +62,7 @@ class Fp8Block(Codec):
     packs: bool = False
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         rows, columns = self.block
         if columns != WHOLE:
             return f"fp8 {rows}x{columns}"
@@ -69,16 +73,12 @@ class Fp8Block(Codec):
         return True
 
     @property
-    def kept(self) -> MlxQuantized | None:
+    def native(self) -> Native | None:
         return MXFP8 if self.packs and self.scales in E8M0 else None
 
     @property
-    def convertible(self) -> MlxQuantized | None:
-        """The form in which MLX can hold these numbers if it is asked for.
-
-        Floats that are declared to be powers of two can be anything, and `keep` looks at each; so that
-        form is nothing a conversion aims at by itself.
-        """
+    def on_request(self) -> Native | None:
+        # Floats that are declared to be powers of two can be anything.
         return MXFP8 if self.packs else None
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
@@ -113,7 +113,7 @@ class Fp8Block(Codec):
             values = (blocks * scales[:, :, None]).reshape(values.shape)
         return values.astype(getattr(mx, dtype.mlx))
 
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+    def to_native(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
         """Return rows start..stop as mxfp8, bit for bit; this looks at the scales' values.
 
         Raises MlaToolsError for a scale that is no power of two from 2^-127 to 2^127: NaN too, because
@@ -122,7 +122,7 @@ class Fp8Block(Codec):
         import mlx.core as mx
 
         if not self.packs:
-            raise TypeError(f"MLX has no form of {self.word}")
+            return super().to_native(parts, start, stop)
         codes = parts["weight"]
         scales = self._of_rows(self._bytes(parts[self.part]), start, stop)
         scales = self._spread(scales, codes.shape[-1], GROUP)
@@ -131,11 +131,15 @@ class Fp8Block(Codec):
     def check(self, parts: Mapping[str, mx.array]) -> None:
         refuse(_floats(parts[self.part], self.scales), self.part)
 
+    @property
+    def rows_together(self) -> int:
+        return self.block[0] or sys.maxsize
+
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx
 
-        # For samples: the scale maps the largest value of a block to 448, the largest E4M3. Powers of
-        # two are rounded up, so that no value is larger than that.
+        # The scale maps the largest value of a block to 448, the largest E4M3. Powers of two are rounded
+        # up, so that no value is larger than that.
         width = array.shape[-1]
         rows = self.experts or array.size // width
         tall, wide = self.block[0] or rows, self.block[1] or width
@@ -156,6 +160,29 @@ class Fp8Block(Codec):
         codes = codes.reshape(values.shape)[:, :rows, :width].reshape(array.shape)
         shape = self.encoded(Spec(tuple(array.shape), DType.BF16))[self.part].shape
         return {"weight": mx.contiguous(codes), self.part: stored.reshape(shape)}
+
+    def takes(self, native: Native) -> bool:
+        return native == MXFP8 and self.block == (1, GROUP) and self.scales in E8M0 and self.axes == 2
+
+    def from_native(self, parts: Parts, native: Native, rows: int) -> dict[str, mx.array]:
+        import mlx.core as mx
+
+        return {"weight": mx.contiguous(parts["weight"]).view(mx.uint8), self.part: parts["scales"]}
+
+    def working_bytes(self, elements: int, nbytes: int) -> int:
+        return elements * (_WORKING - 2 * nbytes)
+
+    def config(self, found: Quantized) -> dict[str, Any]:
+        powers = self.packs or self.scales in E8M0
+        if self.part == "_scale":
+            strategy = (
+                "block" if WHOLE not in self.block else "tensor" if self.block[0] == WHOLE else "channel"
+            )
+            blocks = {"block_structure": list(self.block)} if strategy == "block" else {}
+            section = compressed_tensors(strategy=strategy, **blocks)
+            return {"quantization_config": {**section, "ignore": list(found.floats)}}
+        section = deepseek(self.block, **({"scale_fmt": "ue8m0"} if powers else {}))
+        return {"quantization_config": {**section, "modules_to_not_convert": list(found.floats)}}
 
     def _down(self, rows: int) -> int:
         """Return the rows of blocks that a weight of this many rows has."""
@@ -214,8 +241,23 @@ def _floats(scales: mx.array, dtype: DType) -> mx.array:
     """Return stored scales as float32, which holds all of them exactly."""
     import mlx.core as mx
 
-    if dtype not in E8M0:
-        return scales.astype(mx.float32)
-    # The byte is float32's exponent, but for 0, which is subnormal there, and 255.
-    bits = [0x400000, *(byte << 23 for byte in range(1, 255)), 0x7FC00000]
-    return mx.array(bits, dtype=mx.uint32).view(mx.float32)[scales]
+    return decode_e8m0(scales) if dtype in E8M0 else scales.astype(mx.float32)
+
+
+def deepseek(block: tuple[int, int], **more: object) -> dict[str, Any]:
+    """Return what DeepSeek's config.json says of FP8 in these blocks."""
+    section = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    return {**section, "weight_block_size": None if WHOLE in block else list(block), **more}
+
+
+def compressed_tensors(**weights: object) -> dict[str, Any]:
+    """Return what compressed-tensors' config.json says of FP8 with these settings of the weights."""
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    tokens = {**common, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": {**common, **weights}, "input_activations": tokens}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+    }

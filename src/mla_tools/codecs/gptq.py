@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample
+from mla_tools.codecs.codec import Claim, Module, Native, Rows, Sample, TargetCodec
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
-from mla_tools.codecs.mlx_quantized import MlxQuantized
 from mla_tools.errors import MlaToolsError, clipped
 from mla_tools.spec import DType, Spec
 
@@ -35,7 +34,7 @@ _SUBTRACTED = {"gptq": 1, "gptq_v2": 0}
 
 
 @dataclass(frozen=True)
-class Gptq(Codec):
+class Gptq(TargetCodec):
     """Codes of 4 or 8 bits in groups of `group`, scales in `dtype`, zero points stored less `subtracted`.
 
     `symmetric`: every zero point is half the range; what is stored must agree. The tensor's rows, of
@@ -52,7 +51,7 @@ class Gptq(Codec):
     g_idx: bool = True
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         return f"gptq {self.bits}-bit g{self.group}"
 
     @property
@@ -60,7 +59,7 @@ class Gptq(Codec):
         return True
 
     @property
-    def kept(self) -> MlxQuantized | None:
+    def native(self) -> Native | None:
         # Rows that do not fill their last word have no form in MLX, and groups of 32 always fill it.
         return affine_form(self.bits, self.group, self.dtype if self.symmetric else DType.F32)
 
@@ -130,10 +129,10 @@ class Gptq(Codec):
         codes = unpack(self._words(parts, start, stop), self.bits)
         return dequantized(codes, parts["scales"][:, start:stop].T, zeros, dtype)
 
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-        form = self.kept
+    def to_native(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+        form = self.native
         if form is None:
-            raise TypeError(f"MLX has no form of {self.word}")
+            return super().to_native(parts, start, stop)
         zeros = self._checked_zeros(parts, start, stop)
         words, scales = self._words(parts, start, stop), parts["scales"][:, start:stop].T
         return affine(words, scales, None if self.symmetric else zeros, form)

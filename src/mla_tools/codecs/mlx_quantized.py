@@ -5,36 +5,51 @@ Source: the documentation of mx.quantize and the shapes that it returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mla_tools.codecs.codec import Claim, Codec, Module, Rows, refuse
-from mla_tools.kernels import encode_affine
+from mla_tools.codecs.codec import (
+    GLOBAL_SCALE,
+    NEUTRAL,
+    Claim,
+    Codec,
+    Module,
+    Native,
+    Parts,
+    Quantized,
+    Rows,
+    TargetCodec,
+    recast,
+    refuse,
+)
+from mla_tools.errors import UsageError, clipped
+from mla_tools.kernels import AFFINE_BLOCK, BLOCK, encode_affine
+from mla_tools.names import natural
 from mla_tools.quantization import QuantSpec, dequantize, infer_spec, quantize, with_biases
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["GLOBAL_SCALE", "NEUTRAL", "MlxQuantized", "claim", "recast"]
-
-# The part with one float32 number for each expert; MLX has it for nvfp4 in layers of experts alone.
-GLOBAL_SCALE = "global_scale"
-
-# MLX multiplies nvfp4 codes and scales with global_scale / 2688, the largest E2M1 times the largest E4M3.
-NEUTRAL = 6.0 * 448.0
+__all__ = ["MlxQuantized", "bare", "claim", "config_of", "stored_as"]
 
 _FLOATS = frozenset({DType.F32, DType.F16, DType.BF16})
 
+# Bytes of working memory that encoders need for each byte of the floats, the growth of
+# mx.get_peak_memory. Some of them work on a block at a time: its elements, and the same for each of these.
+_WORKING = {"affine": 0.7, "mxfp8": 2.5, "mxfp4": 2.0, "nvfp4": 2.0}
+_BLOCK_WORKING = {"affine": (AFFINE_BLOCK, 8), "mxfp4": (BLOCK, 20), "nvfp4": (BLOCK, 20)}
+
 
 @dataclass(frozen=True)
-class MlxQuantized(Codec):
+class MlxQuantized(TargetCodec):
     """A tensor in one of MLX's four modes.
 
     `dtype` is the float dtype that it decodes to and that it was or is encoded from; affine scales and
     biases have it. An affine tensor without `biases` has biases of zero. `shared`: how many rows, those
-    of an expert, have a global scale in common; None where there is none, and 0 for all rows.
+    of an expert, have a global scale in common; None where there is none.
     """
 
     spec: QuantSpec
@@ -43,7 +58,7 @@ class MlxQuantized(Codec):
     shared: int | None = None
 
     @property
-    def word(self) -> str:
+    def name(self) -> str:
         return str(self.spec) if self.shared is None else f"{self.spec} with global scales"
 
     @property
@@ -51,8 +66,12 @@ class MlxQuantized(Codec):
         return True
 
     @property
-    def kept(self) -> MlxQuantized:
-        return self if self.biases == self.spec.has_biases else replace(self, biases=True)
+    def native(self) -> Native:
+        return Native(self.spec, self.dtype, self.shared is not None)
+
+    @property
+    def computes_in(self) -> DType | None:
+        return self.dtype if self.spec.has_biases else None
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, width = spec.shape
@@ -65,7 +84,7 @@ class MlxQuantized(Codec):
         if self.biases:
             parts["biases"] = Spec(groups, self.dtype)
         if self.shared is not None:
-            parts[GLOBAL_SCALE] = Spec((spec.rows // (self.shared or spec.rows),), DType.F32)
+            parts[GLOBAL_SCALE] = Spec((spec.rows // self.shared,), DType.F32)
         return parts
 
     def cut(self, start: int, stop: int) -> dict[str, Rows]:
@@ -74,7 +93,7 @@ class MlxQuantized(Codec):
         # It has one axis, so it is one row, and short enough to be read whole.
         return found if self.shared is None else {**found, GLOBAL_SCALE: (0, 1)}
 
-    def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
+    def decode(self, parts: Parts, start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
         wanted = getattr(mx, dtype.mlx)
@@ -83,36 +102,32 @@ class MlxQuantized(Codec):
         factors = self._each_row(parts, start, stop) / NEUTRAL
         return (dequantize(parts, self.spec, mx.float32) * factors).astype(wanted)
 
-    def keep(self, parts: Mapping[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+    def to_native(self, parts: Parts, start: int, stop: int) -> dict[str, mx.array]:
         kept = with_biases(parts, self.spec)
         return kept if self.shared is None else {**kept, GLOBAL_SCALE: self._each_row(parts, start, stop)}
 
-    def check(self, parts: Mapping[str, mx.array]) -> None:
+    def check(self, parts: Parts) -> None:
         if self.shared is not None:
             refuse(parts[GLOBAL_SCALE], GLOBAL_SCALE)
 
-    def _each_row(self, parts: Mapping[str, mx.array], start: int, stop: int) -> mx.array:
+    def declared(self, config: Mapping[str, Any], paths: Sequence[str]) -> str | None:
+        given = config.get("quantization")
+        if not isinstance(given, Mapping):
+            return None
+        entry = next((given[path] for path in paths if isinstance(given.get(path), Mapping)), given)
+        said = _entry_text(entry)
+        return None if said == str(self.spec) else f"quantization in config.json says {said}"
+
+    def _each_row(self, parts: Parts, start: int, stop: int) -> mx.array:
         """Return the global scale of each of the rows start..stop, [rows, 1]."""
         import mlx.core as mx
 
-        rows = mx.arange(start, stop)
-        return parts[GLOBAL_SCALE].reshape(-1, 1)[rows // self.shared if self.shared else rows * 0]
-
-    def joined(self, parts: Mapping[str, mx.array], start: int) -> dict[str, mx.array]:
-        """Return the parts of rows from `start` on with the global scales of the experts that begin there.
-
-        They come as one for each row. Where rows lie in the midst of an expert there is none to write.
-        """
-        if self.shared is None or GLOBAL_SCALE not in parts:
-            return dict(parts)
-        rest = {part: array for part, array in parts.items() if part != GLOBAL_SCALE}
-        each = parts[GLOBAL_SCALE].reshape(-1)
-        first = -start % self.shared if self.shared else start
-        return {**rest, GLOBAL_SCALE: each[first :: self.shared or each.size]} if first < each.size else rest
+        assert self.shared is not None
+        return parts[GLOBAL_SCALE].reshape(-1, 1)[mx.arange(start, stop) // self.shared]
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         if self.shared is not None:
-            raise TypeError("global scales are kept and never made")
+            raise TypeError("global scales are taken over and never made")
         return quantize(array, self.spec)
 
     def encode_now(self, array: mx.array) -> dict[str, mx.array]:
@@ -122,23 +137,137 @@ class MlxQuantized(Codec):
             return encode_affine(array, self.spec.group_size, self.spec.bits)
         return self.encode(array)
 
+    def finish(self, parts: Parts, start: int, spec: Spec) -> dict[str, mx.array]:
+        """Return the parts of rows from `start` on with the global scales of the experts that begin there.
 
-def recast(parts: Mapping[str, mx.array], dtype: DType) -> dict[str, mx.array]:
-    """Return parts with those that are floats, scales and biases, in another float dtype."""
-    import mlx.core as mx
+        They come as one for each row. Where rows lie in the midst of an expert there is none to write.
+        """
+        if self.shared is None:
+            return dict(parts)
+        rest = {part: array for part, array in parts.items() if part != GLOBAL_SCALE}
+        each = parts[GLOBAL_SCALE].reshape(-1)
+        first = -start % self.shared
+        return {**rest, GLOBAL_SCALE: each[first :: self.shared]} if first < each.size else rest
 
-    wanted = getattr(mx, dtype.mlx)
-    return {
-        part: array.astype(wanted) if mx.issubdtype(array.dtype, mx.floating) else array
-        for part, array in parts.items()
-    }
+    def offset(self, part: str, start: int, stored: Spec) -> int:
+        if part == GLOBAL_SCALE and self.shared is not None:
+            return -(-start // self.shared) * stored.dtype.nbytes
+        return start * stored.row_bytes
+
+    def takes(self, native: Native) -> bool:
+        return native.spec == self.spec and (self.shared is not None or not native.global_scale)
+
+    def widens(self, native: Native) -> bool:
+        # Block-float scales are bytes, whatever dtype they are decoded to. What is made of affine scales may
+        # be too large for their dtype and not for the target's.
+        return native.dtype is not self.dtype and self.spec.has_biases
+
+    def from_native(self, parts: Parts, native: Native, rows: int) -> dict[str, mx.array]:
+        import mlx.core as mx
+
+        made = recast(parts, self.dtype) if self.widens(native) else dict(parts)
+        if self.shared is not None and not native.global_scale:
+            # MLX divides it by itself, and 1 changes nothing.
+            made[GLOBAL_SCALE] = mx.full((rows, 1), NEUTRAL, mx.float32)
+        return made
+
+    def in_dtype(self, dtype: DType) -> MlxQuantized:
+        return replace(self, dtype=dtype)
+
+    def working_bytes(self, elements: int, nbytes: int) -> int:
+        most, needed = _BLOCK_WORKING.get(self.spec.mode, (0, 0))
+        return int(elements * nbytes * _WORKING[self.spec.mode]) + nbytes * min(elements, most) * needed
+
+    def config(self, found: Quantized) -> dict[str, Any]:
+        return config_of(found)
 
 
-def neutral(rows: int) -> dict[str, mx.array]:
-    """Return the global scale of rows that have none: MLX divides it by itself, and 1 changes nothing."""
-    import mlx.core as mx
+def stored_as(
+    spec: QuantSpec, dtype: DType, sources: Sequence[Codec], rows: int | None
+) -> tuple[MlxQuantized, DType]:
+    """Return how MLX stores a tensor in a mode, and the float dtype in which it is computed.
 
-    return {GLOBAL_SCALE: mx.full((rows, 1), NEUTRAL, mx.float32)}
+    `dtype` is that of the floats, `sources` are the codecs of what it is made of, and `rows` are those of an
+    expert, which the module can hold a global scale for.
+    """
+    if not spec.has_biases:
+        # These modes hold no float dtype, so none can be changed. A global scale is held where there is one
+        # and it can be; experts without one get one that changes nothing.
+        for shared in (None, rows):
+            codec = MlxQuantized(spec, DType.BF16, False, shared)
+            if all(source.on_request and codec.takes(source.on_request) for source in sources):
+                return codec, DType.BF16
+    return MlxQuantized(spec, dtype, spec.has_biases), dtype
+
+
+# --- config.json ---------------------------------------------------------------------------------------
+
+
+def config_of(found: Quantized) -> dict[str, Any]:
+    """Return the section on quantization as mlx-lm writes it, under both its names, or {}."""
+    specs = {path: codec.spec for path, codec in found.codecs.items() if isinstance(codec, MlxQuantized)}
+    copied = _copied_entries(found)
+    if not specs and not copied:
+        return {}
+    section: dict[str, Any] = _default_entry(found.source)
+    default = found.asked
+    if specs:
+        default = default or _source_default(specs, found)
+        section = dict(default.config)
+    section |= copied
+    for path in sorted(specs, key=natural):
+        codec, spec = found.codecs[path], specs[path]
+        shares = GLOBAL_SCALE if isinstance(codec, MlxQuantized) and codec.shared is not None else None
+        if spec != default or path in found.named or shares:
+            section[path] = {**spec.config, **({GLOBAL_SCALE: True} if shares else {})}
+    # The second name is what the hub shows a model's quantization by.
+    return {"quantization": section, "quantization_config": {**section}}
+
+
+def _default_entry(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an MLX source's config says of modules that it does not name."""
+    given = {key: source[key] for key in ("group_size", "bits", "mode") if source.get(key)}
+    return {"mode": "affine"} | given
+
+
+def _copied_entries(found: Quantized) -> dict[str, Any]:
+    """Return the entries of modules that were copied with MLX's quantization."""
+    paths = (name.removesuffix(".scales") for name in found.copied if name.endswith(".scales"))
+    entries = {path: found.source.get(path, True) for path in sorted(paths, key=natural)}
+    default = _default_entry(found.source)
+    return {path: entry if isinstance(entry, Mapping) else default for path, entry in entries.items()}
+
+
+def _source_default(specs: Mapping[str, QuantSpec], found: Quantized) -> QuantSpec:
+    """Return the quantization that config.json names first: the source's own default, or the commonest."""
+    moved = [specs[path] for path in found.moved if path in specs]
+    counted = Counter(moved or specs.values())
+    for spec in counted:
+        if all((found.source.get(key) or "affine") == value for key, value in spec.config.items()):
+            return spec
+    return counted.most_common(1)[0][0]
+
+
+def _entry_text(entry: Mapping[str, Any]) -> str:
+    """Return the quantization that mlx_lm.load takes from an entry, with the mode's defaults."""
+    given = {key: entry.get(key) for key in ("mode", "bits", "group_size")}
+    try:
+        return str(QuantSpec(given["mode"] or "affine", given["bits"], given["group_size"]))
+    except UsageError:
+        return clipped(given)
+
+
+# --- what is stored ------------------------------------------------------------------------------------
+
+
+def bare(codecs: Iterable[Codec]) -> tuple[list[Codec], list[Codec]]:
+    """Return which affine codecs of a checkpoint lack biases although others have them, and those others.
+
+    Where no affine tensor has any, all biases are zero, and none is missing.
+    """
+    affine = [codec for codec in codecs if isinstance(codec, MlxQuantized) and codec.spec.has_biases]
+    others: list[Codec] = [codec for codec in affine if codec.biases]
+    return [codec for codec in affine if others and not codec.biases], others
 
 
 def claim(module: Module) -> list[Claim]:

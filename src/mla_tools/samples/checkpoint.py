@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_tools.architectures import Family, family_of
-from mla_tools.codecs import FORMATS, Codec, Dense, part_name
+from mla_tools.codecs import FORMATS, Dense, TargetCodec, part_name
 from mla_tools.files.safetensors import layout
 from mla_tools.files.writer import Writer
 from mla_tools.samples.tokenizer import write_json, write_tokenizer
@@ -67,7 +67,7 @@ def write_checkpoint(
     write_tokenizer(folder)
 
 
-def format_of(tensor: str, shape: tuple[int, ...], family: Family, fmt: str) -> tuple[Codec, DType]:
+def format_of(tensor: str, shape: tuple[int, ...], family: Family, fmt: str) -> tuple[TargetCodec, DType]:
     """Return how a tensor is stored in the real checkpoints of a format, and its float dtype."""
     sample = FORMATS[fmt]
     codec, dtype = sample.codec, sample.dtype

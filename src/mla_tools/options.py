@@ -1,0 +1,159 @@
+"""What the user asks of a conversion: `Options`, its spelling on a command line, and recipe files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mla_tools.codecs import TargetCodec
+from mla_tools.errors import CheckpointError, UsageError
+from mla_tools.files.place import LocalFile, read_whole
+from mla_tools.quantization import QuantSpec
+from mla_tools.spec import DType
+
+__all__ = [
+    "DTYPES",
+    "EMBED_Q",
+    "EmbedQ",
+    "Options",
+    "Override",
+    "parse_embed_q",
+    "parse_override",
+    "read_recipe",
+]
+
+# What config.json and --dtype call the float dtypes.
+DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
+
+EmbedQ = Literal["source", "float"] | QuantSpec
+
+Override = tuple[str, QuantSpec | None]
+
+# What a packed K becomes where nothing is asked for: a tenth of the loss of 4 bits like the source's.
+EMBED_Q = QuantSpec("affine", 8, 32)
+
+_MAX_RECIPE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks of a conversion; the defaults are those of `mlx_lm.convert`.
+
+    `dtype`: of the tensors that are not quantized; None for what config.json says, or the
+    checkpoint's own. `quantize` and `quant_predicate`: the target encoding. `embed_q`: what becomes of the K
+    half of a quantized kv_b_proj, whose groups lie across the new axis: encoded like the source, with
+    a QuantSpec of its own, or left in floats; None for `EMBED_Q` where that is possible.
+    `overrides`: pairs of a regular expression and what becomes of the modules in whose path it is found,
+    None for floats; the last that is found counts. `keep_vision`: vision tensors are copied;
+    mlx-lm's classes leave them out when they load. `layout`: that of the output, "mlx" for what mlx-lm
+    loads. `format`: another format than MLX's in which everything that can be quantized is written.
+    """
+
+    quantize: QuantSpec | None = None
+    quant_predicate: str | None = None
+    dtype: DType | None = None
+    dequantize: bool = False
+    embed_q: EmbedQ | None = None
+    overrides: tuple[Override, ...] = ()
+    keep_vision: bool = False
+    layout: str = "mlx"
+    format: TargetCodec | None = None
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.quantize, self.dequantize, self.format))) > 1:
+            raise UsageError("Choose either quantize or dequantize, not both.")
+        if self.quant_predicate and not self.quantize:
+            raise UsageError("--quant-predicate says how to quantize; it needs -q.")
+        if self.quant_predicate and self.quantize and self.quantize.mode != "affine":
+            raise UsageError("Quant predicates only support 'affine' quantization.")
+        for pattern, _ in self.overrides:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--q-override {pattern}: not a regular expression: {error}") from error
+
+    def described(self) -> dict[str, object]:
+        """Return the options as plain values."""
+        embed_q = dict(self.embed_q.config) if isinstance(self.embed_q, QuantSpec) else self.embed_q
+        return {
+            "quantize": None if self.quantize is None else dict(self.quantize.config),
+            "quant_predicate": self.quant_predicate,
+            "dtype": None if self.dtype is None else self.dtype.name,
+            "dequantize": self.dequantize,
+            "embed_q": dict(EMBED_Q.config) if embed_q is None else embed_q,
+            "overrides": [[pattern, spec and dict(spec.config)] for pattern, spec in self.overrides],
+            "keep_vision": self.keep_vision,
+            "layout": self.layout,
+            "format": None if self.format is None else self.format.name,
+        }
+
+    def overriding(self, path: str) -> Override | None:
+        """Return the override that decides on the module at this path, or None."""
+        found = None
+        for override in self.overrides:
+            if re.search(override[0], path):
+                found = override
+        return found
+
+    def with_dtype_of(self, config: Mapping[str, Any], section: Mapping[str, Any]) -> Options:
+        """Return options whose dtype is what mlx_lm.convert would take from config.json.
+
+        `section` is where the language model's numbers stand in `config`, or `config` itself.
+        """
+        if self.dtype is not None:
+            return self
+        named = config.get("torch_dtype")
+        if named is None and section is not config:
+            named = section.get("dtype")
+        return replace(self, dtype=DTYPES[named]) if isinstance(named, str) and named in DTYPES else self
+
+
+def parse_embed_q(text: str) -> EmbedQ:
+    """Return what "source", "float" or BITS[,GROUP[,MODE]] says; UsageError for anything else."""
+    if text == "source":
+        return "source"
+    if text == "float":
+        return "float"
+    return QuantSpec.parse(text)
+
+
+def parse_override(text: str) -> Override:
+    """Return what REGEX=BITS[,GROUP[,MODE]] or REGEX=float says; UsageError for anything else."""
+    pattern, equals, spec = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--q-override {text}: give REGEX=BITS[,GROUP[,MODE]] or REGEX=float")
+    return pattern, None if spec == "float" else QuantSpec.parse(spec)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the options that a recipe file names: `quantize`, `embed_q` and `overrides`, if it has them.
+
+    It is a YAML mapping with no other keys. Raises UsageError where it is not.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(read_whole(LocalFile(path), _MAX_RECIPE).decode())
+    except CheckpointError as error:
+        problem = error.problems[0]
+        why = " ".join(filter(None, (problem.what, problem.found)))
+        raise UsageError(f"--recipe {path}: cannot be read: it {why}") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"--recipe {path}: cannot be read: {error}") from error
+    known = {"quantize", "embed_q", "overrides"}
+    if not isinstance(recipe, dict) or not set(recipe) <= known:
+        raise UsageError(f"--recipe {path}: it must be a mapping with no other keys than {sorted(known)}")
+    overrides = recipe.get("overrides") or {}
+    if not isinstance(overrides, dict):
+        raise UsageError("overrides in a recipe are a mapping of REGEX to BITS[,GROUP[,MODE]] or float")
+    found: dict[str, Any] = {
+        "overrides": [parse_override(f"{pattern}={spec}") for pattern, spec in overrides.items()]
+    }
+    if "quantize" in recipe:
+        found["quantize"] = QuantSpec.parse(str(recipe["quantize"]))
+    if recipe.get("embed_q") is not None:
+        found["embed_q"] = parse_embed_q(str(recipe["embed_q"]))
+    return found

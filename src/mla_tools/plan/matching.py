@@ -1,0 +1,119 @@
+"""Match: which application of which rule each tensor belongs to, and what is left out for which reason."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from mla_tools.architectures import Family
+from mla_tools.architectures.geometry import label
+from mla_tools.codecs import SCALES
+from mla_tools.errors import Problem
+from mla_tools.plan.claiming import Claimed
+from mla_tools.plan.steps import Drop, Source
+from mla_tools.rules import Match, Table, short
+from mla_tools.rules import name as template
+
+__all__ = ["Application", "Kept", "Matched", "match", "shape_text"]
+
+# A rule by its number, and the values of the indices that its sources and targets share.
+Application = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A vision tensor that is copied: what it is called in the output."""
+
+    source: Source
+    name: str
+
+
+@dataclass
+class Matched:
+    """The tensors by application and number of the source; those of another shape than needed are `unfit`."""
+
+    inputs: dict[Application, dict[int, Source]] = field(default_factory=lambda: defaultdict(dict))
+    unfit: set[Application] = field(default_factory=set)
+    kept: list[Kept] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+    # The numbers of the layers that were dropped because a marker shows what they are.
+    dropped_layers: set[int] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def match(
+    claimed: Claimed, table: Table, family: Family, *, keep_vision: bool, lost: Collection[str]
+) -> Matched:
+    """Return what each tensor is for; `lost` names tensors that are there and cannot be read."""
+    made = Matched(drops=list(claimed.drops))
+    dropped: list[tuple[Source, Match]] = []
+    for source, found in claimed.tensors:
+        if found is None:
+            made.problems.append(_unknown(source, family))
+            continue
+        rule = table.rule(found)
+        if rule is None:
+            drop = table.drop(found)
+            shape = drop.shape
+            if keep_vision and drop.image is not None:
+                made.kept.append(Kept(source, drop.image + source.name.removeprefix(drop.source)))
+            else:
+                made.drops.append(Drop(source, drop.reason))
+                dropped.append((source, found))
+        else:
+            shape = rule.shapes[found.position]
+            key, slot = table.slot(found)
+            made.inputs[found.claim, key][slot] = source
+        if (
+            shape is not None
+            and source.spec.shape != shape
+            and not (rule and rule.is_done(source.spec.shape))
+        ):
+            made.problems.append(_misshapen(source, shape))
+            if rule is not None:
+                made.unfit.add((found.claim, key))
+    _check_markers(dropped, table, made, lost)
+    return made
+
+
+def _check_markers(
+    dropped: list[tuple[Source, Match]], table: Table, made: Matched, lost: Collection[str]
+) -> None:
+    """Refuse to drop layers as MTP layers that are not."""
+    present = {drop.source.name for drop in made.drops}
+    for source, found in sorted(dropped, key=lambda one: one[0].name):
+        drop = table.drop(found)
+        if drop.marker is None:
+            continue
+        made.dropped_layers.add(found.values[0])
+        values = dict(zip(template(drop.source).indices, found.values, strict=True))
+        marker = template(drop.marker).format(values)
+        if marker not in present and marker not in lost:
+            made.problems.append(
+                Problem(
+                    source.label,
+                    "would be dropped as what it is not",
+                    needed=f"{short(marker)} beside it, if this is {drop.reason}",
+                    found="no such tensor",
+                    cause="Does config.json give the right number of layers?",
+                )
+            )
+
+
+def _unknown(source: Source, family: Family) -> Problem:
+    cause = f"No rule of {family.name} names it. Is model_type in config.json right?"
+    if source.name.endswith(SCALES):
+        cause = "It looks like a scale whose weight is missing or stored in a format not known here."
+    found = f"{source.spec} ({source.codec.name})"
+    return Problem(source.label, "unknown tensor", found=found, cause=cause)
+
+
+def _misshapen(source: Source, shape: tuple[int, ...]) -> Problem:
+    return Problem(source.label, "shape mismatch", shape_text(shape), f"{list(source.spec.shape)}")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape with the config keys that it is made of."""
+    labels = ", ".join(label(number) for number in shape)
+    return f"[{', '.join(str(int(number)) for number in shape)}]  ({labels} in config.json)"
