@@ -17,6 +17,7 @@ import pytest
 from safetensors import safe_open
 from tiny import TINY
 
+from mla_tools import execute as executing
 from mla_tools import plan as plan_module
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.errors import MlaToolsError
@@ -316,6 +317,36 @@ def test_an_interruption_between_two_slabs_leaves_a_folder_to_go_on_with(
         execute(plan, tmp_path / "out", progress=interrupt)
     assert len(calls) == 5
     go_on(samples("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
+
+
+def test_streams_are_used_again_whatever_ended_a_run(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[mx.Stream] = []
+    new_stream = mx.new_thread_unsafe_stream
+    monkeypatch.setattr(mx, "new_thread_unsafe_stream", lambda d: made.append(new_stream(d)) or made[-1])
+    monkeypatch.setattr(executing, "_idle_streams", {"cpu": [], "gpu": []})
+
+    def interrupt(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    def fail(*given: Any, **named: Any) -> None:
+        mx.async_eval(mx.zeros((1000, 1000)).sum())
+        raise MlaToolsError("a defect in the data")
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "interrupted", workload=slabs_of(3000), progress=interrupt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executing, "transform", fail)
+        with pytest.raises(MlaToolsError, match="a defect"):
+            execute(plan, tmp_path / "failed", workload=slabs_of(3000))
+    for name in ("first", "second"):
+        execute(plan, tmp_path / name, workload=slabs_of(3000))
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert 1 <= len(made) <= 2
+    # Each lies there once, for the next.
+    idle = [stream for streams in executing._idle_streams.values() for stream in streams]
+    assert sorted(map(str, idle)) == sorted(map(str, made))
 
 
 def test_what_is_done_is_not_done_again(plan: Plan, tmp_path: Path) -> None:
