@@ -1,13 +1,14 @@
 # make demo   a tiny FP8 DeepSeek-V3, converted to 4 bits and made to speak
 # make demo-v4  the same with a tiny DeepSeek-V4 in its own FP8 and FP4, every bit kept
 # make test   the tests
+# make test-all  the tests with every family in every format and flag; writes docs/matrix.md
 # make check  format, lint and types
 # Both set up everything they need in .venv; only Python 3.11 or newer must be there.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-v4 test check golden clean
+.PHONY: demo demo-v4 test test-all check golden clean
 
 demo: .venv/runtime
 	rm -rf demo
@@ -33,6 +34,9 @@ demo-v4: .venv/runtime
 
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-all: .venv/test
+	$(MAKE) test ARGS='--all $(ARGS)'
 
 check: .venv/test
 	$(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 from conversion import convert
 from mlx_lm.convert import convert as mlx_lm_convert
+from pairs import pairs, product
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.sample import write_sample
@@ -42,7 +43,8 @@ FLAGS: dict[str, tuple[list[str], dict[str, object]]] = {
 # A second name of a family needs no second comparison.
 NAMES = [name for name, family in MODEL_TYPES.items() if family.name == name]
 
-CASES = [(family, flags) for family in NAMES for flags in FLAGS] + [
+CASES = product(NAMES, FLAGS, pairs(NAMES, FLAGS, times=3))
+DTYPES = [
     ("deepseek_v3-f32", "plain"),
     ("deepseek_v3-f32", "affine"),
     ("kimi_linear-f32", "bfloat16"),
@@ -133,7 +135,8 @@ def resolved(section: dict[str, object] | None) -> dict[str, object] | None:
 
 @pytest.mark.parametrize(
     ("family", "flags"),
-    [pytest.param(f, g, id=f"{f}-{g}") for f, g in CASES if (f, g) not in CRASHES],
+    [case for case in CASES if case.values not in CRASHES]
+    + [pytest.param(*c, id="-".join(c)) for c in DTYPES],
 )
 def test_equals_mlx_lm_convert(family: str, flags: str, tmp_path: Path) -> None:
     ours, theirs = FLAGS[flags]

@@ -1,4 +1,4 @@
-"""Samples: every family in every format converts, loads strictly and computes finite logits."""
+"""Samples: families in formats, of which every pair converts, loads strictly and computes finite logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from conversion import convert
 from mlx_lm.utils import load_model, load_tokenizer
+from pairs import PUBLISHED, pairs, product
 from reference import second_scales_on_a_cpu
 from transformers import AutoTokenizer
 
@@ -28,8 +29,10 @@ def dtypes(folder: Path) -> dict[str, str]:
     return {name: stored.spec.dtype.name for name, stored in open_checkpoint(folder).tensors.items()}
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("family", MODEL_TYPES)
+PAIRS = pairs(MODEL_TYPES, FORMATS, PUBLISHED)
+
+
+@pytest.mark.parametrize(("family", "fmt"), product(MODEL_TYPES, FORMATS, PAIRS))
 def test_a_sample_converts_loads_strictly_and_runs(family: str, fmt: str, tmp_path: Path) -> None:
     write_sample(family, tmp_path / "sample", fmt)
     convert(tmp_path / "sample", tmp_path / "out")
