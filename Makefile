@@ -2,13 +2,14 @@
 # make demo-v4  the same with a tiny DeepSeek-V4 in its own FP8 and FP4, every bit kept
 # make test   the tests
 # make test-all  the tests with every family in every format and flag; writes docs/matrix.md
+# make oracle  all tests of the oracle, and tests/oracle.lock if they pass
 # make check  format, lint and types
 # Both set up everything they need in .venv; only Python 3.11 or newer must be there.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-v4 test test-all check golden clean
+.PHONY: demo demo-v4 test test-all oracle check golden clean
 
 demo: .venv/runtime
 	rm -rf demo
@@ -35,8 +36,13 @@ demo-v4: .venv/runtime
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-all: .venv/test
+test-all: oracle
 	$(MAKE) test ARGS='--all $(ARGS)'
+
+oracle: .venv/test
+	$(BIN)/python -m pytest --all tests/test_reference.py --deselect \
+		tests/test_reference.py::test_the_lock_is_that_of_this_oracle
+	$(BIN)/python tests/oracle.py
 
 check: .venv/test
 	$(BIN)/ruff format --check .

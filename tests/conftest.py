@@ -6,6 +6,7 @@ import os
 
 import pytest
 from hypothesis import settings
+from oracle import unchanged
 
 # The tests run in as many processes as there are cores, and on tiny models: threads in which torch and the
 # BLAS of both libraries wait for one another would double the time. Read when they are imported.
@@ -26,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what only a run of everything has."""
     if not config.getoption("--all"):
-        left_out = [item for item in items if item.get_closest_marker("only_in_all")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        rare = ["only_in_all", "oracle"] if unchanged() else ["only_in_all"]
+        left_out = {item for item in items if any(map(item.get_closest_marker, rare))}
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
