@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 from pairs import pairs, product
+from support import loaded
 
 import mla_tools
 from mla_tools import plan
@@ -74,14 +75,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
 
 
 Sample = Callable[[str, str], Path]
-
-
-def loaded(folder: Path) -> Arrays:
-    arrays: Arrays = {}
-    for file in folder.glob("model*.safetensors"):
-        arrays |= mx.load(str(file))
-    assert arrays, f"{folder} holds no weights"
-    return arrays
 
 
 def stacks(made: plan.Plan) -> Iterator[tuple[Step, str]]:

@@ -11,6 +11,7 @@ from conversion import convert
 from mlx_lm.utils import load_model, load_tokenizer
 from pairs import PUBLISHED, pairs, product
 from reference import second_scales_on_a_cpu
+from support import contents, sample
 from transformers import AutoTokenizer
 
 from mla_tools.architectures import MODEL_TYPES
@@ -19,10 +20,6 @@ from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.sample import FORMATS, write_sample, write_tokenizer
 
 TEXT = "héllo wörld 🙂"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def dtypes(folder: Path) -> dict[str, str]:
@@ -34,8 +31,7 @@ PAIRS = pairs(MODEL_TYPES, FORMATS, PUBLISHED)
 
 @pytest.mark.parametrize(("family", "fmt"), product(MODEL_TYPES, FORMATS, PAIRS))
 def test_a_sample_converts_loads_strictly_and_runs(family: str, fmt: str, tmp_path: Path) -> None:
-    write_sample(family, tmp_path / "sample", fmt)
-    convert(tmp_path / "sample", tmp_path / "out")
+    convert(sample(family, fmt), tmp_path / "out")
     # The class of DeepSeek V4 is in this package, and a file beside the weights imports it.
     model, _ = load_model(tmp_path / "out", strict=True, trust_remote_code=True)
     model.set_dtype(mx.float32)  # mlx multiplies by gathered experts on the CPU in float32 alone
@@ -151,9 +147,8 @@ def test_transformers_reads_back_every_text(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_mlx_lm_loads_the_tokenizer_of_every_family(family: str, tmp_path: Path) -> None:
-    write_sample(family, tmp_path / "sample")
-    tokenizer = load_tokenizer(tmp_path / "sample")
+def test_mlx_lm_loads_the_tokenizer_of_every_family(family: str) -> None:
+    tokenizer = load_tokenizer(sample(family))
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.eos_token_ids == {256}
     assert tokenizer.encode("<|end|>")[-1] == 256
