@@ -34,7 +34,7 @@ demo-v4: .venv/runtime
 	$(BIN)/python -m mlx_lm generate --model demo-v4/mlx --trust-remote-code --prompt "Hello" --max-tokens 16
 
 test: .venv/test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: oracle
 	$(MAKE) test ARGS='--all $(ARGS)'
