@@ -1,13 +1,15 @@
 # make demo   a tiny FP8 DeepSeek-V3, converted to 4 bits and made to speak
 # make demo-v4  the same with a tiny DeepSeek-V4 in its own FP8 and FP4, every bit kept
 # make test   the tests
+# make test-all  the tests with every family in every format and flag; writes docs/matrix.md
+# make oracle  all tests of the oracle, and tests/oracle.lock if they pass
 # make check  format, lint and types
 # Both set up everything they need in .venv; only Python 3.11 or newer must be there.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-v4 test check golden clean
+.PHONY: demo demo-v4 test test-all oracle check golden clean
 
 demo: .venv/runtime
 	rm -rf demo
@@ -32,7 +34,15 @@ demo-v4: .venv/runtime
 	$(BIN)/python -m mlx_lm generate --model demo-v4/mlx --trust-remote-code --prompt "Hello" --max-tokens 16
 
 test: .venv/test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: oracle
+	$(MAKE) test ARGS='--all $(ARGS)'
+
+oracle: .venv/test
+	$(BIN)/python -m pytest --all tests/test_reference.py --deselect \
+		tests/test_reference.py::test_the_lock_is_that_of_this_oracle
+	$(BIN)/python tests/oracle.py
 
 check: .venv/test
 	$(BIN)/ruff format --check .
@@ -55,6 +65,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-.venv/test: .venv/runtime pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	touch $@
+# One call for both. What the tests import of some 17,000 files is compiled when they do.
+.venv/test: .venv/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
+	touch .venv/runtime $@

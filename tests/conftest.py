@@ -1,17 +1,60 @@
 """What holds for all tests."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
+from oracle import unchanged
+
+# The tests run in as many processes as there are cores, and on tiny models: threads in which torch and the
+# BLAS of both libraries wait for one another would double the time. Read when they are imported.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 # A slow machine is no defect: speed is measured in benchmarks.
 settings.register_profile("mla-tools", deadline=None)
 settings.load_profile("mla-tools")
 
-# Each conversion in a process leaves threads of MLX behind and makes the next one slower: what converts most
-# comes first.
-FIRST = ("test_power_cut.py", "test_journal.py", "test_output.py")
+# What takes longest begins first, so that no process is left with a long file at the end; measured, the
+# longest first.
+LONGEST = (
+    "models/test_deepseek_v4.py",
+    "test_convert_deepseek_v4.py",
+    "attacks/test_fuzzers.py",
+    "test_convert_nvfp4.py",
+    "test_plan.py",
+    "test_matrix.py",
+    "test_golden.py",
+    "test_console.py",
+    "test_output.py",
+    "test_sample.py",
+    "test_distributed.py",
+    "test_overflow.py",
+    "test_memory.py",
+    "attacks/test_outputs.py",
+    "test_sanitize.py",
+    "test_convert_mlx_lm.py",
+    "test_precision.py",
+    "test_isolation.py",
+    "test_convert_integers.py",
+)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the tests that convert most to the front."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="whole products instead of pairs; writes docs/matrix.md"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only a run of everything has, and bring the longest files to the front."""
+    ranks = {Path(__file__).parent / file: rank for rank, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    if not config.getoption("--all"):
+        rare = ["only_in_all", "oracle"] if unchanged() else ["only_in_all"]
+        left_out = {item for item in items if any(map(item.get_closest_marker, rare))}
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]

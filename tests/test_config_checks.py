@@ -12,6 +12,7 @@ from conversion import convert
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.utils import load_model
+from support import sample
 
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.errors import CheckpointError
@@ -117,11 +118,10 @@ def test_a_null_is_the_default_and_the_output_has_numbers(key: str, four_bits: P
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_decoding_leaves_no_module_quantized_and_the_result_loads(family: str, tmp_path: Path) -> None:
-    write_sample(family, tmp_path / "source")
     halves = [short(name) for name in table_of(sample_config(family))[1].targets()]
     halves = [path for path in halves if path.endswith(("embed_q", "unembed_out"))]
     both = ["--q-override", "embed_q|unembed_out=4,32"] if halves else []
-    convert(tmp_path / "source", tmp_path / "packed", "-q", *both)
+    convert(sample(family), tmp_path / "packed", "-q", *both)
     packed = dict(load_model(tmp_path / "packed", lazy=True, trust_remote_code=True)[0].named_modules())
     convert(tmp_path / "packed", tmp_path / "out", "-d")
     model, config = load_model(tmp_path / "out", lazy=True, trust_remote_code=True)

@@ -14,6 +14,7 @@ import torch
 from listing import checkpoint
 from mlx_vlm.utils import load_model
 from safetensors.torch import load_file, save_file
+from support import loaded
 
 from mla_tools.cli import main
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
@@ -56,14 +57,6 @@ def stages(sample: Path, folder: Path, **keys: Any) -> Path:
     config = json.loads((sample / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **keys}))
     return folder
-
-
-def loaded(folder: Path) -> dict[str, mx.array]:
-    arrays: dict[str, mx.array] = {}
-    for file in folder.glob("model*.safetensors"):
-        arrays |= mx.load(str(file))
-    assert arrays, f"{folder} holds no weights"
-    return arrays
 
 
 def test_they_are_dropped_with_a_reason_by_default(sample: Path) -> None:

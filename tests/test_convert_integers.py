@@ -16,10 +16,10 @@ from conversion import convert
 from integers import awq, compressed, gptq
 from mlx_lm.utils import load_model
 from numpy.typing import NDArray
+from support import loaded, same, sample
 
 from mla_tools.errors import CheckpointError, MlaToolsError
 from mla_tools.plan import Plan
-from mla_tools.samples import write_sample
 from mla_tools.weights import sanitize
 
 FAMILIES = ("deepseek_v3", "kimi_linear")
@@ -39,33 +39,18 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 Weights = dict[str, mx.array]
 
 
-def load(folder: Path) -> Weights:
-    weights: Weights = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        weights |= mx.load(str(file))
-    assert weights, f"{folder} holds no weights"
-    return weights
-
-
-@cache
-def source(family: str, fmt: str) -> Path:
-    folder = Path(mkdtemp()) / f"{family}-{fmt}"
-    write_sample(family, folder, fmt)
-    return folder
-
-
 @cache
 def converted(family: str, fmt: str, flags: str) -> tuple[Plan, Weights]:
     out = Path(mkdtemp()) / "out"
-    plan = convert(source(family, fmt), out, *FLAGS[flags])
+    plan = convert(sample(family, fmt), out, *FLAGS[flags])
     load_model(out, strict=True)
-    return plan, load(out)
+    return plan, loaded(out)
 
 
 @cache
 def truth(family: str, fmt: str) -> Weights:
     """Return what the source's tensors become when it is decoded here, in float32, and then converted."""
-    weights = load(source(family, fmt))
+    weights = loaded(sample(family, fmt))
     dense: Weights = {}
     for name, array in weights.items():
         stem, _, leaf = name.rpartition(".")
@@ -76,11 +61,11 @@ def truth(family: str, fmt: str) -> Weights:
     assert len(dense) < len(weights)
     folder = Path(mkdtemp())
     mx.save_safetensors(str(folder / "model.safetensors"), dense)
-    config = json.loads((source(family, fmt) / "config.json").read_text())
+    config = json.loads((sample(family, fmt) / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     convert(folder, folder / "out", "--dtype", "float32")
-    return load(folder / "out")
+    return loaded(folder / "out")
 
 
 def decoded(weights: Weights, stem: str, leaf: str, fmt: str) -> NDArray[Any]:
@@ -94,10 +79,6 @@ def decoded(weights: Weights, stem: str, leaf: str, fmt: str) -> NDArray[Any]:
         return compressed(held, 8 if fmt == "ct-int8" else 4, int(held["_shape"][1]))
     held = parts(f"{stem}.")
     return awq(held) if fmt == "awq" else gptq(held, 4, 1)
-
-
-def same(left: mx.array, right: mx.array) -> bool:
-    return left.dtype == right.dtype and mx.array_equal(left, right).item()
 
 
 def dequantized(plan: Plan, weights: Weights, name: str, biases: mx.array | None = None) -> mx.array:
@@ -171,7 +152,7 @@ def test_dequantized_output_is_the_decoded_source_rounded_once(family: str, fmt:
 @each_family
 @each_format
 def test_some_layers_packed_and_others_not(family: str, fmt: str, tmp_path: Path) -> None:
-    weights = load(source(family, fmt))
+    weights = loaded(sample(family, fmt))
     floats = {f"model.layers.{layer}." for layer in (1, 2)}
     mixed: Weights = {}
     for name, array in weights.items():
@@ -182,10 +163,10 @@ def test_some_layers_packed_and_others_not(family: str, fmt: str, tmp_path: Path
         elif leaf in packed:
             mixed[f"{stem}.weight"] = mx.array(decoded(weights, stem, leaf, fmt))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), mixed)
-    (tmp_path / "config.json").write_bytes((source(family, fmt) / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((sample(family, fmt) / "config.json").read_bytes())
     plan = convert(tmp_path, tmp_path / "out", "--dtype", "float32")
     load_model(tmp_path / "out", strict=True)
-    made, kinds = load(tmp_path / "out"), set()
+    made, kinds = loaded(tmp_path / "out"), set()
     for name, wanted in truth(family, fmt).items():
         if made[name].dtype != mx.uint32:
             assert same(made[name].astype(mx.float32), wanted), name
@@ -201,7 +182,7 @@ def test_some_layers_packed_and_others_not(family: str, fmt: str, tmp_path: Path
 @pytest.mark.parametrize("fmt", ["ct-int4", "ct-int8", "gptq"])
 def test_the_rows_of_v_keep_the_bits_of_the_source(family: str, fmt: str) -> None:
     plan, weights = converted(family, fmt, "default")
-    stored = load(source(family, fmt))
+    stored = loaded(sample(family, fmt))
     config = plan.checkpoint.config
     n, v = int(str(config["qk_nope_head_dim"])), int(str(config["v_head_dim"]))
     found = 0
@@ -221,9 +202,9 @@ def test_the_rows_of_v_keep_the_bits_of_the_source(family: str, fmt: str) -> Non
 @each_format
 def test_sanitize_gives_the_same_bits(family: str, fmt: str) -> None:
     plan, weights = converted(family, fmt, "default")
-    config = json.loads((source(family, fmt) / "config.json").read_text())
+    config = json.loads((sample(family, fmt) / "config.json").read_text())
     embed_q = plan.options.embed_q
-    made = sanitize(load(source(family, fmt)), config, embed_q=embed_q)
+    made = sanitize(loaded(sample(family, fmt)), config, embed_q=embed_q)
     assert made.keys() == weights.keys()
     for name, array in weights.items():
         assert same(made[name].astype(array.dtype), array), name
@@ -236,10 +217,10 @@ def rewritten(tmp_path: Path, fmt: str, change: Any, section: dict[str, object] 
     """Return a copy of a sample with some tensors changed and keys added to its quantization section."""
     folder = tmp_path / "changed"
     folder.mkdir()
-    weights = load(source("deepseek_v3", fmt))
+    weights = loaded(sample("deepseek_v3", fmt))
     change(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    config = json.loads((source("deepseek_v3", fmt) / "config.json").read_text())
+    config = json.loads((sample("deepseek_v3", fmt) / "config.json").read_text())
     config["quantization_config"] |= section or {}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -268,7 +249,7 @@ def test_an_expert_with_wrong_zero_points_is_named(tmp_path: Path) -> None:
     with pytest.raises(MlaToolsError, match=rf"^{name}: config.json says sym"):
         convert(folder, tmp_path / "out")
     with pytest.raises(MlaToolsError, match=rf"^{name}: config.json says sym"):
-        sanitize(load(folder), json.loads((folder / "config.json").read_text()))
+        sanitize(loaded(folder), json.loads((folder / "config.json").read_text()))
 
 
 def test_desc_act_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import mlx.core as mx
 import pytest
 from conversion import convert
 from mlx_lm.convert import convert as mlx_lm_convert
+from pairs import pairs, product
+from support import loaded
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.samples import write_sample
@@ -42,7 +44,8 @@ FLAGS: dict[str, tuple[list[str], dict[str, object]]] = {
 # A second name of a family needs no second comparison.
 NAMES = [name for name, family in MODEL_TYPES.items() if family.name == name]
 
-CASES = [(family, flags) for family in NAMES for flags in FLAGS] + [
+CASES = product(NAMES, FLAGS, pairs(NAMES, FLAGS, times=3))
+DTYPES = [
     ("deepseek_v3-f32", "plain"),
     ("deepseek_v3-f32", "affine"),
     ("kimi_linear-f32", "bfloat16"),
@@ -89,7 +92,7 @@ def write_output_head(folder: Path) -> None:
     (file,) = [
         file for file in folder.glob("model*.safetensors") if "model.norm.weight" in mx.load(str(file))
     ]
-    weights = load(folder)
+    weights = loaded(folder)
     head = {"lm_head.weight": weights["model.embed_tokens.weight"][::-1]}
     mx.save_safetensors(str(file), {**mx.load(str(file)), **head})
     (folder / "model.safetensors.index.json").unlink()
@@ -103,14 +106,6 @@ def as_kimi_k25(source: Path, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k25"}))
     return folder
-
-
-def load(folder: Path) -> dict[str, mx.array]:
-    weights: dict[str, mx.array] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        weights |= mx.load(str(file))
-    assert weights, f"{folder} holds no weights"
-    return weights
 
 
 def resolved(section: dict[str, object] | None) -> dict[str, object] | None:
@@ -133,7 +128,8 @@ def resolved(section: dict[str, object] | None) -> dict[str, object] | None:
 
 @pytest.mark.parametrize(
     ("family", "flags"),
-    [pytest.param(f, g, id=f"{f}-{g}") for f, g in CASES if (f, g) not in CRASHES],
+    [case for case in CASES if case.values not in CRASHES]
+    + [pytest.param(*c, id="-".join(c)) for c in DTYPES],
 )
 def test_equals_mlx_lm_convert(family: str, flags: str, tmp_path: Path) -> None:
     ours, theirs = FLAGS[flags]
@@ -143,7 +139,7 @@ def test_equals_mlx_lm_convert(family: str, flags: str, tmp_path: Path) -> None:
         source = as_kimi_k25(source, tmp_path / "source")
     mlx_lm_convert(str(source), str(tmp_path / "theirs"), trust_remote_code=True, **theirs)
 
-    got, wanted = load(tmp_path / "ours"), load(tmp_path / "theirs")
+    got, wanted = loaded(tmp_path / "ours"), loaded(tmp_path / "theirs")
     assert got.keys() == wanted.keys()
     for name, array in wanted.items():
         assert got[name].dtype == array.dtype, name

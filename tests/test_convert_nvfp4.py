@@ -15,6 +15,8 @@ from conversion import convert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
+from pairs import pairs, product
+from support import loaded
 
 import mla_tools
 from mla_tools import plan
@@ -75,14 +77,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
 Sample = Callable[[str, str], Path]
 
 
-def loaded(folder: Path) -> Arrays:
-    arrays: Arrays = {}
-    for file in folder.glob("model*.safetensors"):
-        arrays |= mx.load(str(file))
-    assert arrays, f"{folder} holds no weights"
-    return arrays
-
-
 def stacks(made: plan.Plan) -> Iterator[tuple[Step, str]]:
     """Yield the steps whose target has global scales, with the path of its module."""
     for step in made.steps:
@@ -114,8 +108,7 @@ def decoded(out: Arrays, path: str) -> np.ndarray:
     return np.array(mx.stack(experts))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("family", MOES)
+@pytest.mark.parametrize(("family", "fmt"), product(MOES, FORMATS, pairs(MOES, FORMATS, times=1)))
 def test_experts_keep_their_bits_and_mlx_lm_loads_them(
     family: str, fmt: str, sample: Sample, tmp_path: Path
 ) -> None:
@@ -184,30 +177,47 @@ def test_slabs_that_end_within_an_expert_write_its_scale_once(
 EXPERT = 128 * 256
 
 
-@pytest.mark.parametrize("experts", [2.5, 1.5, 100 / 256, 8, 0.01])
-@pytest.mark.parametrize(
-    "flags", [[], ["-d", "--dtype", "float32"], ["-q", "--q-mode", "nvfp4"]], ids="".join
-)
-def test_slabs_of_a_stack_with_global_scales_may_lie_across_experts(
-    experts: float, flags: list[str], sample: Sample, tmp_path: Path
-) -> None:
-    source = tmp_path / "stacked"
+@pytest.fixture(scope="module")
+def stacked(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("stacked") / "source"
     convert(sample("deepseek_v3", "modelopt-nvfp4"), source)
-    made = convert(source, tmp_path / "whole", *flags)
-    execute(made, tmp_path / "one", workload=Workload(1, EXPERT, 10**9))
+    return source
+
+
+@pytest.fixture(
+    scope="module",
+    params=[[], ["-d", "--dtype", "float32"], ["-q", "--q-mode", "nvfp4"]],
+    ids="".join,
+)
+def expert_by_expert(
+    request: pytest.FixtureRequest, stacked: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[plan.Plan, dict[str, bytes]]:
+    """Return a plan, and the files that it makes in slabs of one expert and at once."""
+    folder = tmp_path_factory.mktemp("expert")
+    made = convert(stacked, folder / "whole", *request.param)
+    execute(made, folder / "one", workload=Workload(1, EXPERT, 10**9))
+    one = {file.name: file.read_bytes() for file in (folder / "one").glob("*.safetensors")}
+    assert one
+    for name, data in one.items():
+        assert (folder / "whole" / name).read_bytes() == data
+    if not request.param:
+        # Most experts have a scale of their own, so one in another's place is seen.
+        scales = [array for name, array in loaded(folder / "one").items() if name.endswith("global_scale")]
+        assert scales
+        assert all(len(set(array.tolist())) > 4 for array in scales)
+    return made, one
+
+
+@pytest.mark.parametrize("experts", [2.5, 1.5, 100 / 256, 8, 0.01])
+def test_slabs_of_a_stack_with_global_scales_may_lie_across_experts(
+    experts: float, expert_by_expert: tuple[plan.Plan, dict[str, bytes]], tmp_path: Path
+) -> None:
+    made, one = expert_by_expert
     if experts == 2.5:
         assert straddling(made, int(experts * EXPERT)) == {(0, 2), (2, 4), (5, 7), (7, 7)}
     execute(made, tmp_path / "cut", workload=Workload(1, int(experts * EXPERT), 10**9))
-    one = {file.name: file.read_bytes() for file in (tmp_path / "one").glob("*.safetensors")}
-    assert one
     for name, data in one.items():
         assert (tmp_path / "cut" / name).read_bytes() == data
-        assert (tmp_path / "whole" / name).read_bytes() == data
-    if not flags:
-        # Most experts have a scale of their own, so one in another's place is seen.
-        scales = [array for name, array in loaded(tmp_path / "cut").items() if name.endswith("global_scale")]
-        assert scales
-        assert all(len(set(array.tolist())) > 4 for array in scales)
 
 
 def straddling(made: plan.Plan, elements: int) -> set[tuple[int, int]]:

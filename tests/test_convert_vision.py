@@ -13,6 +13,7 @@ from conversion import convert
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from safetensors.torch import load_file, save_file
+from support import same, sample
 
 from mla_tools.cli import main
 from mla_tools.plan import Plan
@@ -63,10 +64,6 @@ def source_of(family: str, folder: Path, more: dict[str, mx.array], **config: An
     numbers |= {"vision_config": VISION_CONFIG, **config}
     (folder / "config.json").write_text(json.dumps(numbers))
     return folder
-
-
-def same(found: mx.array, wanted: mx.array) -> bool:
-    return (found.dtype, found.shape) == (wanted.dtype, wanted.shape) and bool(mx.array_equal(found, wanted))
 
 
 @pytest.mark.parametrize("flags", [[], ["-q"], ["--dtype", "float16"]], ids=" ".join)
@@ -160,9 +157,6 @@ def test_fp8_images_are_decoded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v41"])
-def test_keeping_what_is_not_there_is_an_error(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_sample(family, tmp_path / "source")
-    assert main(["plan", str(tmp_path / "source"), "--keep-vision"]) == 2
+def test_keeping_what_is_not_there_is_an_error(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(sample(family)), "--keep-vision"]) == 2
     assert "--keep-vision: there are no tensors for images" in capsys.readouterr().err

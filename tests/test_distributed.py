@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ports import free_ports
+from support import contents
 
 from mla_tools.distributed import Alone, launched, shares
 from mla_tools.samples import write_sample
@@ -57,10 +58,6 @@ def run(script: Path, source: Path, out: Path, *flags: str, ranks: int = 1, dies
         command = [*launch, "--env", f"DIES_AFTER={dies_after}", "--", *command]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout + done.stderr
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_two_ranks_write_the_bytes_of_one(script: Path, source: Path, tmp_path: Path) -> None:

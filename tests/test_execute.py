@@ -6,16 +6,18 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from pairs import pairs, product
 from safetensors import safe_open
+from support import contents, sample
 from tiny import TINY
 
+from mla_tools import execute as executing
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
@@ -31,6 +33,7 @@ from mla_tools.quantization import QuantSpec
 from mla_tools.samples import write_sample
 
 SAMPLES = [("deepseek_v3", "bf16"), ("deepseek_v3", "fp8"), ("kimi_linear", "bf16"), ("kimi_linear", "fp8")]
+NAMES = {"-".join(sample): sample for sample in SAMPLES}
 OPTIONS = {
     "plain": Options(),
     "affine": Options(quantize=QuantSpec()),
@@ -38,26 +41,9 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    made: dict[tuple[str, str], Path] = {}
-
-    def sample(family: str, fmt: str) -> Path:
-        if (family, fmt) not in made:
-            made[family, fmt] = tmp_path_factory.mktemp("samples") / f"{family}-{fmt}"
-            write_sample(family, made[family, fmt], fmt)
-        return made[family, fmt]
-
-    return sample
-
-
 @pytest.fixture
-def plan(samples: Callable[[str, str], Path]) -> Plan:
-    return make_plan(open_checkpoint(samples("deepseek_v3", "bf16")), Options())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+def plan() -> Plan:
+    return make_plan(open_checkpoint(sample("deepseek_v3", "bf16")), Options())
 
 
 def slabs_of(elements: int, threads: int = 2) -> Workload:
@@ -85,16 +71,13 @@ def is_visibly_unfinished(out: Path) -> bool:
 # --- the same bytes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize(("family", "fmt"), SAMPLES)
+@pytest.mark.parametrize(("source", "options"), product(NAMES, OPTIONS, pairs(NAMES, OPTIONS, times=1)))
 def test_the_bytes_do_not_depend_on_slabs_or_chance(
-    family: str,
-    fmt: str,
+    source: str,
     options: str,
-    samples: Callable[[str, str], Path],
     tmp_path: Path,
 ) -> None:
-    made = make_plan(open_checkpoint(samples(family, fmt)), OPTIONS[options])
+    made = make_plan(open_checkpoint(sample(*NAMES[source])), OPTIONS[options])
     execute(made, tmp_path / "one")
     execute(made, tmp_path / "two")
     whole = contents(tmp_path / "one")
@@ -117,9 +100,7 @@ def test_slabs_of_one_row_and_of_a_block(fmt: str, elements: int, tmp_path: Path
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_data_is_read_in_the_order_in_which_it_lies(
-    samples: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_read_in_the_order_in_which_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[str, int]] = []
     read = Reader.read
 
@@ -129,7 +110,7 @@ def test_data_is_read_in_the_order_in_which_it_lies(
 
     monkeypatch.setattr(Reader, "read", noted)
     # Dense tensors, each read by a slab of its own; fused tensors and stacks of experts among them.
-    made = make_plan(open_checkpoint(samples("deepseek_v3", "bf16")), Options())
+    made = make_plan(open_checkpoint(sample("deepseek_v3", "bf16")), Options())
     execute(made, tmp_path / "out", workload=slabs_of(3000, threads=1))
     assert len(reads) > 100
     assert reads == sorted(reads)
@@ -140,10 +121,10 @@ def test_data_is_read_in_the_order_in_which_it_lies(
 
 @pytest.mark.parametrize("shard_bytes", [5 << 30, 1 << 20], ids=["one_file", "several_files"])
 def test_the_folder_is_complete_and_says_so(
-    shard_bytes: int, samples: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_files, "SHARD_BYTES", shard_bytes)
-    source, out = samples("deepseek_v3", "bf16"), tmp_path / "deep" / "out"
+    source, out = sample("deepseek_v3", "bf16"), tmp_path / "deep" / "out"
     made = make_plan(open_checkpoint(source), Options(quantize=QuantSpec()))
     written: list[int] = []
     execute(made, out, progress=written.append)
@@ -171,20 +152,18 @@ def test_the_folder_is_complete_and_says_so(
             assert set(file.keys()) == header.entries.keys()
 
 
-def test_total_parameters_counts_numbers_and_not_packed_words(samples: Callable[[str, str], Path]) -> None:
-    checkpoint = open_checkpoint(samples("deepseek_v3", "bf16"))
+def test_total_parameters_counts_numbers_and_not_packed_words() -> None:
+    checkpoint = open_checkpoint(sample("deepseek_v3", "bf16"))
     counts = {options: make_plan(checkpoint, OPTIONS[options]).parameters for options in OPTIONS}
     dropped = sum(drop.source.spec.size for drop in make_plan(checkpoint, Options()).drops)
     stored = sum(entry.spec.size for entry in checkpoint.tensors.values())
     assert counts == dict.fromkeys(OPTIONS, stored - dropped)
 
 
-def test_every_file_of_the_source_is_left_as_it_was(
-    plan: Plan, samples: Callable[[str, str], Path], tmp_path: Path
-) -> None:
-    before = contents(samples("deepseek_v3", "bf16"))
+def test_every_file_of_the_source_is_left_as_it_was(plan: Plan, tmp_path: Path) -> None:
+    before = contents(sample("deepseek_v3", "bf16"))
     execute(plan, tmp_path / "out")
-    assert contents(samples("deepseek_v3", "bf16")) == before
+    assert contents(sample("deepseek_v3", "bf16")) == before
 
 
 # --- failures ----------------------------------------------------------------------------------------
@@ -194,9 +173,7 @@ class DisagreementError(Exception):
     pass
 
 
-def test_a_manifest_that_disagrees_leaves_no_model(
-    plan: Plan, samples: Callable[[str, str], Path], tmp_path: Path
-) -> None:
+def test_a_manifest_that_disagrees_leaves_no_model(plan: Plan, tmp_path: Path) -> None:
     out = tmp_path / "out"
     seen = []
 
@@ -209,14 +186,14 @@ def test_a_manifest_that_disagrees_leaves_no_model(
     # Until it agrees, nothing has the name of a model's file.
     assert seen
     assert not [name for name in seen if name.endswith((".safetensors", ".json"))]
-    go_on(samples("deepseek_v3", "bf16"), out, tmp_path)
+    go_on(sample("deepseek_v3", "bf16"), out, tmp_path)
 
 
 def test_a_source_cut_short_after_planning_is_named_and_when_it_is_back_the_output_is_made(
-    samples: Callable[[str, str], Path], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     source = tmp_path / "source"
-    shutil.copytree(samples("deepseek_v3", "bf16"), source)
+    shutil.copytree(sample("deepseek_v3", "bf16"), source)
     made = make_plan(open_checkpoint(source), Options())
     shard = source / "model-00002-of-00002.safetensors"
     whole, times = shard.read_bytes(), shard.stat()
@@ -228,11 +205,9 @@ def test_a_source_cut_short_after_planning_is_named_and_when_it_is_back_the_outp
     go_on(source, tmp_path / "out", tmp_path)
 
 
-def test_a_source_gone_after_planning_is_named_and_when_it_is_back_the_output_is_made(
-    samples: Callable[[str, str], Path], tmp_path: Path
-) -> None:
+def test_a_source_gone_after_planning_is_named_and_when_it_is_back_the_output_is_made(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(samples("deepseek_v3", "bf16"), source)
+    shutil.copytree(sample("deepseek_v3", "bf16"), source)
     made = make_plan(open_checkpoint(source), Options())
     shard = source / "model-00001-of-00002.safetensors"
     shard.rename(tmp_path / "away")
@@ -243,15 +218,15 @@ def test_a_source_gone_after_planning_is_named_and_when_it_is_back_the_output_is
 
 
 def test_a_companion_gone_after_planning_is_named_and_when_it_is_back_the_output_is_made(
-    samples: Callable[[str, str], Path], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     source = tmp_path / "source"
-    shutil.copytree(samples("deepseek_v3", "bf16"), source)
+    shutil.copytree(sample("deepseek_v3", "bf16"), source)
     made = make_plan(open_checkpoint(source), Options())
     (source / "tokenizer.json").unlink()
     with pytest.raises(MlaToolsError, match=r"tokenizer\.json"):
         execute(made, tmp_path / "out")
-    shutil.copy(samples("deepseek_v3", "bf16") / "tokenizer.json", source)
+    shutil.copy(sample("deepseek_v3", "bf16") / "tokenizer.json", source)
     go_on(source, tmp_path / "out", tmp_path)
 
 
@@ -270,7 +245,6 @@ def test_a_failing_writer_leaves_a_folder_to_go_on_with(
     error: BaseException,
     kind: type[BaseException],
     plan: Plan,
-    samples: Callable[[str, str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -293,12 +267,10 @@ def test_a_failing_writer_leaves_a_folder_to_go_on_with(
         assert caught.value.__notes__ == [
             f"{tmp_path / 'out'} is unfinished: run the same command with --resume to finish it"
         ]
-    go_on(samples("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
+    go_on(sample("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
 
 
-def test_an_interruption_between_two_slabs_leaves_a_folder_to_go_on_with(
-    plan: Plan, samples: Callable[[str, str], Path], tmp_path: Path
-) -> None:
+def test_an_interruption_between_two_slabs_leaves_a_folder_to_go_on_with(plan: Plan, tmp_path: Path) -> None:
     calls: list[int] = []
 
     def interrupt(nbytes: int) -> None:
@@ -309,7 +281,37 @@ def test_an_interruption_between_two_slabs_leaves_a_folder_to_go_on_with(
     with pytest.raises(KeyboardInterrupt):
         execute(plan, tmp_path / "out", progress=interrupt)
     assert len(calls) == 5
-    go_on(samples("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
+    go_on(sample("deepseek_v3", "bf16"), tmp_path / "out", tmp_path)
+
+
+def test_streams_are_used_again_whatever_ended_a_run(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[mx.Stream] = []
+    new_stream = mx.new_thread_unsafe_stream
+    monkeypatch.setattr(mx, "new_thread_unsafe_stream", lambda d: made.append(new_stream(d)) or made[-1])
+    monkeypatch.setattr(executing, "_idle_streams", {"cpu": [], "gpu": []})
+
+    def interrupt(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    def fail(*given: Any, **named: Any) -> None:
+        mx.async_eval(mx.zeros((1000, 1000)).sum())
+        raise MlaToolsError("a defect in the data")
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "interrupted", workload=slabs_of(3000), progress=interrupt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executing, "transform", fail)
+        with pytest.raises(MlaToolsError, match="a defect"):
+            execute(plan, tmp_path / "failed", workload=slabs_of(3000))
+    for name in ("first", "second"):
+        execute(plan, tmp_path / name, workload=slabs_of(3000))
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert 1 <= len(made) <= 2
+    # Each lies there once, for the next.
+    idle = [stream for streams in executing._idle_streams.values() for stream in streams]
+    assert sorted(map(str, idle)) == sorted(map(str, made))
 
 
 def test_what_is_done_is_not_done_again(plan: Plan, tmp_path: Path) -> None:
@@ -361,9 +363,9 @@ def test_a_place_where_no_folder_can_be_made_is_said(plan: Plan, tmp_path: Path)
         execute(plan, tmp_path / "file" / "out")
 
 
-def test_values_are_those_of_the_source(samples: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_values_are_those_of_the_source(tmp_path: Path) -> None:
     # One tensor of each op, read with mlx and laid out with numpy.
-    source, out = samples("kimi_linear", "bf16"), tmp_path / "out"
+    source, out = sample("kimi_linear", "bf16"), tmp_path / "out"
     execute(make_plan(open_checkpoint(source), Options()), out)
 
     weights = {

@@ -1,4 +1,4 @@
-"""Every family in every format: converted, run by mlx-lm, and compared with transformers.
+"""Families in formats: converted, run by mlx-lm, and compared with transformers.
 
 The cells come from the two registries: the families of tests/reference.py, which transformers has a model
 for, with two of them beside an image encoder, and the formats that a sample can be written in. A new one
@@ -6,7 +6,8 @@ joins by itself. Truth is transformers in
 float32 on the decoded weights; that each codec decodes to the right numbers is shown in tests/codecs,
 against implementations of others.
 
-`python tests/test_matrix.py --write` makes docs/matrix.md, with what mlx-lm makes of the same files.
+Pairs stand for the product. With `--all` every cell runs, and docs/matrix.md is written, with what mlx-lm
+makes of the same files; without it, the cells that run are compared with what stands there.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
-import sys
+import re
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from conversion import convert
+from pairs import ONLY_IN_ALL, PUBLISHED, pairs, product
 from reference import FAMILIES, Logits, checkpoint, hub_logits, mlx_logits, relative_error
 
 from mla_tools.codecs import FORMATS
@@ -39,7 +40,11 @@ TOLERANCE = 1e-5
 # The families whose language model is one of the others, under a name of its own and beside images.
 WRAPPED = {"kimi_k25": "kimi_k2", "kimi_vl": "deepseek_v3"}
 COLUMNS = [*FAMILIES, *WRAPPED]
-CELLS = [(family, fmt) for family in COLUMNS for fmt in FORMATS]
+# And that the two agree with each other, beside images too.
+PAIRS = pairs(COLUMNS, FORMATS, [*PUBLISHED, ("deepseek_v3", "deepseek-v4"), ("kimi_vl", "fp8")])
+CELLS = product(COLUMNS, FORMATS, PAIRS)
+
+TABLE = Path(__file__).parents[1] / "docs" / "matrix.md"
 
 
 def dense(family: str) -> tuple[dict[str, Any], dict[str, mx.array]]:
@@ -94,19 +99,23 @@ def truth_of(family: str, fmt: str, cast: str | None = None) -> Logits:
     return hub_logits(decoded, config, cast)
 
 
-def error(folder: Path, truth: Logits) -> float:
-    return max(relative_error(mlx_logits(folder), truth))
+@cache
+def ours(family: str, fmt: str) -> str:
+    """Return how far what we make of a checkpoint lies from the truth."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        # The K half in floats: with the default of 8 bits the error is that of 8 bits.
+        convert(cell(family, fmt)[0], out, "--dtype", "float32", "--embed-q", "float")
+        found = max(relative_error(mlx_logits(out), truth_of(family, fmt)))
+    return f"{found:.0e}"
 
 
-@pytest.mark.parametrize(("family", "fmt"), [pytest.param(*c, id=f"{c[0]}-{c[1]}") for c in CELLS])
-def test_float32_is_the_decoded_source(family: str, fmt: str, tmp_path: Path) -> None:
-    source, truth = cell(family, fmt)[0], truth_of(family, fmt)
-    # The K half in floats: with the default of 8 bits the error is that of 8 bits.
-    convert(source, tmp_path / "out", "--dtype", "float32", "--embed-q", "float")
-    assert error(tmp_path / "out", truth) <= TOLERANCE
-    shutil.rmtree(tmp_path / "out")
+@pytest.mark.parametrize(("family", "fmt"), CELLS)
+def test_float32_is_the_decoded_source(family: str, fmt: str) -> None:
+    assert float(ours(family, fmt)) <= TOLERANCE
 
 
+@cache
 def theirs(family: str, fmt: str) -> str:
     """Return what mlx-lm makes of a checkpoint as it is."""
     try:
@@ -121,15 +130,6 @@ def theirs(family: str, fmt: str) -> str:
     return f"{rounded:.0e} of the weights in bf16" if rounded <= TOLERANCE else f"{found:.0e}, **off**"
 
 
-def ours(family: str, fmt: str) -> str:
-    source, truth = cell(family, fmt)[0], truth_of(family, fmt)
-    out = Path(mkdtemp(prefix="matrix-")) / "out"
-    convert(source, out, "--dtype", "float32", "--embed-q", "float")
-    found = error(out, truth)
-    shutil.rmtree(out.parent)
-    return f"{found:.0e}"
-
-
 def table() -> str:
     lines = [
         "# Families and formats",
@@ -139,16 +139,46 @@ def table() -> str:
         "`mla-sanitize convert --dtype float32 --embed-q float` makes of a checkpoint, then what mlx-lm",
         "0.32.2 makes of the same files by itself; off: neither the logits of these weights nor those of the",
         "weights rounded to bfloat16. MLX has no CPU kernel for experts with a global scale (NVFP4): there",
-        "`mx.dequantize` decodes each expert and `mx.gather_mm` multiplies. Made by",
-        "`python tests/test_matrix.py --write`.",
+        "`mx.dequantize` decodes each expert and `mx.gather_mm` multiplies. Made by `make test-all`.",
     ]
     for family in COLUMNS:
         lines += ["", f"## {family}", "", "| format | mla-tools | mlx-lm alone |", "|---|---|---|"]
-        for fmt in FORMATS:
-            lines.append(f"| {fmt} | {ours(family, fmt)} | {theirs(family, fmt)} |")
-            print(lines[-1], file=sys.stderr, flush=True)
+        lines += [f"| {fmt} | {ours(family, fmt)} | {theirs(family, fmt)} |" for fmt in FORMATS]
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
-    (Path(__file__).parents[1] / "docs" / "matrix.md").write_text(table())
+@ONLY_IN_ALL
+def test_the_table_is_written() -> None:
+    TABLE.write_text(table())
+
+
+def read() -> dict[tuple[str, str], tuple[str, str]]:
+    """Return what the table says of us and of mlx-lm alone, for each family and format."""
+    said: dict[tuple[str, str], tuple[str, str]] = {}
+    for section in TABLE.read_text().split("\n## ")[1:]:
+        family, *rows = section.splitlines()
+        for fmt, *both in re.findall(r"^\| (\S+) \| (\S+) \| (.+) \|$", "\n".join(rows), re.MULTILINE):
+            if fmt != "format":
+                assert (family, fmt) not in said, "a row is there twice"
+                said[family, fmt] = both[0], both[1]
+    return said
+
+
+def test_the_table_has_every_family_and_format() -> None:
+    assert list(read()) == [(family, fmt) for family in COLUMNS for fmt in FORMATS], "run `make test-all`"
+
+
+@pytest.mark.parametrize(("family", "fmt"), product(COLUMNS, FORMATS, PAIRS))
+def test_the_table_says_what_is_found(family: str, fmt: str) -> None:
+    for said, found in zip(read()[family, fmt], (ours(family, fmt), theirs(family, fmt)), strict=True):
+        number, words = parts(said)
+        again, same_words = parts(found)
+        assert words == same_words, "run `make test-all`"
+        # The last bits of float32 are not the same on every machine.
+        assert number == again or 0.1 < again / number < 10, "run `make test-all`"
+
+
+def parts(entry: str) -> tuple[float | None, str]:
+    """Return the number with which an entry of the table begins, if it does, and the rest."""
+    found = re.match(r"\d+e[+-]\d+", entry)
+    return (float(found[0]), entry[found.end() :]) if found else (None, entry)

@@ -1,4 +1,4 @@
-"""Samples: every family in every format converts, loads strictly and computes finite logits."""
+"""Samples: families in formats, of which every pair converts, loads strictly and computes finite logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import mlx.core as mx
 import pytest
 from conversion import convert
 from mlx_lm.utils import load_model, load_tokenizer
+from pairs import PUBLISHED, pairs, product
 from reference import second_scales_on_a_cpu
+from support import contents, sample
 from transformers import AutoTokenizer
 
 from mla_tools import samples
@@ -29,19 +31,16 @@ def test_each_family_has_a_config_that_names_it_and_nothing_else_is_there() -> N
         assert family_of(sample_config(name)) is family
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def dtypes(folder: Path) -> dict[str, str]:
     return {name: stored.spec.dtype.name for name, stored in open_checkpoint(folder).tensors.items()}
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("family", MODEL_TYPES)
+PAIRS = pairs(MODEL_TYPES, FORMATS, PUBLISHED)
+
+
+@pytest.mark.parametrize(("family", "fmt"), product(MODEL_TYPES, FORMATS, PAIRS))
 def test_a_sample_converts_loads_strictly_and_runs(family: str, fmt: str, tmp_path: Path) -> None:
-    write_sample(family, tmp_path / "sample", fmt)
-    convert(tmp_path / "sample", tmp_path / "out")
+    convert(sample(family, fmt), tmp_path / "out")
     # The class of DeepSeek V4 is in this package, and a file beside the weights imports it.
     model, _ = load_model(tmp_path / "out", strict=True, trust_remote_code=True)
     model.set_dtype(mx.float32)  # mlx multiplies by gathered experts on the CPU in float32 alone
@@ -157,9 +156,8 @@ def test_transformers_reads_back_every_text(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
-def test_mlx_lm_loads_the_tokenizer_of_every_family(family: str, tmp_path: Path) -> None:
-    write_sample(family, tmp_path / "sample")
-    tokenizer = load_tokenizer(tmp_path / "sample")
+def test_mlx_lm_loads_the_tokenizer_of_every_family(family: str) -> None:
+    tokenizer = load_tokenizer(sample(family))
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.eos_token_ids == {256}
     assert tokenizer.encode("<|end|>")[-1] == 256

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
+import support
+from support import loaded, same
 
 import mla_tools
 from mla_tools import CheckpointError, QuantSpec
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.ops import SplitKvB
-from mla_tools.samples import sample_config, write_sample
+from mla_tools.samples import sample_config
 from mla_tools.verify.child import model_classes
 
 Weights = dict[str, mx.array]
@@ -43,29 +43,13 @@ SPECS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    made: dict[tuple[str, str], Path] = {}
-
-    def folder(family: str, fmt: str) -> Path:
-        if (family, fmt) not in made:
-            made[family, fmt] = tmp_path_factory.mktemp("samples") / family
-            write_sample(family, made[family, fmt], fmt)
-        return made[family, fmt]
-
-    return folder
-
-
 @pytest.fixture
-def sample(folders: Callable[[str, str], Path]) -> Sample:
+def sample() -> Sample:
     """Return weights and config as mlx-lm hands them to a class that knows no MTP layer but number 61."""
 
     def load(family: str, fmt: str = "bf16") -> tuple[Weights, Config]:
-        folder = folders(family, fmt)
-        weights: Weights = {}
-        for file in folder.glob("*.safetensors"):
-            weights |= mx.load(str(file))
-        assert weights
+        folder = support.sample(family, fmt)
+        weights = loaded(folder)
         config = json.loads((folder / "config.json").read_text())
         config = {**(MODEL_TYPES[family].defaults or {}), **config}
         config["model_type"] = MODEL_TYPES[family].model_type
@@ -77,11 +61,6 @@ def sample(folders: Callable[[str, str], Path]) -> Sample:
 def model_of(config: Config) -> Any:
     model_class, args_class = model_classes(config)
     return model_class(args_class.from_dict(config))
-
-
-def same(left: mx.array, right: mx.array) -> bool:
-    alike = left.dtype == right.dtype and left.shape == right.shape
-    return alike and np.array_equal(np.array(left.view(mx.uint8)), np.array(right.view(mx.uint8)))
 
 
 def assert_same(got: Weights, wanted: Weights) -> None:
@@ -150,10 +129,8 @@ def test_fp8_of_every_family_loads_strictly(family: str, sample: Sample) -> None
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "glm4_moe_lite", "longcat_flash"])
-def test_mtp_layers_are_left_out(family: str, folders: Callable[[str, str], Path], sample: Sample) -> None:
-    whole: Weights = {}
-    for file in folders(family, "bf16").glob("*.safetensors"):
-        whole |= mx.load(str(file))
+def test_mtp_layers_are_left_out(family: str, sample: Sample) -> None:
+    whole = loaded(support.sample(family))
     weights, config = sample(family)
     is_mtp = [name for name in whole if name.startswith(("model.layers.4.", "model.mtp."))]
     assert is_mtp

@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
-import mlx.core as mx
 import pytest
 
 from mla_tools.execute import execute
@@ -110,9 +109,9 @@ def child(*argv: str, code: str = CHILD) -> list[str]:
 
 
 class AtOnce:
-    """In the place of a pool of threads, as each of them would have a stream of MLX, which never ends."""
+    """In the place of a pool of threads: what happens has one order."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, initializer: Callable[[], None] | None = None) -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -136,4 +135,3 @@ class AtOnce:
 def computing_here(patch: pytest.MonkeyPatch) -> None:
     """Compute in the thread of the test; what waits for the disk still has threads of its own."""
     patch.setattr("mla_tools.execute.ThreadPoolExecutor", AtOnce)
-    patch.setattr(mx, "new_stream", mx.default_stream)

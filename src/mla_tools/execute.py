@@ -6,7 +6,7 @@ import heapq
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Device", "check_source", "execute"]
 
+Device = Literal["cpu", "gpu"]
+
 # Slabs handed to the threads beyond those in work, so that none waits for the next.
 _AHEAD = 2
 
-Device = Literal["cpu", "gpu"]
+# Streams of MLX that nobody computes on now. Each is a thread that lives as long as the process, so they are
+# used again, by any thread and any run: there are never more than were used at once.
+_idle_streams: dict[Device, list[mx.Stream]] = {"cpu": [], "gpu": []}
+
 Progress = Callable[[int], None]
 
 
@@ -118,7 +123,6 @@ def _use(device: Device | None) -> Device:
 def _run(plan: Plan, output: Output, workload: Workload, device: Device, progress: Progress) -> None:
     import mlx.core as mx
 
-    where = mx.cpu if device == "cpu" else mx.gpu
     mx.set_cache_limit(workload.cache_bytes)
     local = threading.local()
     first_targets, count = [], 0
@@ -132,12 +136,10 @@ def _run(plan: Plan, output: Output, workload: Workload, device: Device, progres
     left: dict[int, int] = {}
 
     def work(number: int, slab: Slab) -> tuple[int, int]:
-        if not hasattr(local, "stream"):
-            local.stream = mx.new_stream(where)
+        if not hasattr(local, "arena"):
             local.arena = _Arena()
         wanted = {target - first_targets[number] for target in todo[number]}
-        with mx.stream(local.stream):
-            return number, _slab(plan.steps[number], slab, wanted, plan, reader, local.arena, output)
+        return number, _slab(plan.steps[number], slab, wanted, plan, reader, local.arena, output)
 
     def note(done: set[Future[tuple[int, int]]]) -> None:
         for future in done:
@@ -148,7 +150,11 @@ def _run(plan: Plan, output: Output, workload: Workload, device: Device, progres
                 for target in todo[number]:
                     output.finished(target)
 
-    with Reader() as reader, ThreadPoolExecutor(workload.threads) as pool:
+    with (
+        Reader() as reader,
+        _streams(device) as use_one,
+        ThreadPoolExecutor(workload.threads, initializer=use_one) as pool,
+    ):
         pending: set[Future[tuple[int, int]]] = set()
         try:
             for number, slabs in _ordered(plan, todo, workload.slab_elements, left):
@@ -165,6 +171,40 @@ def _run(plan: Plan, output: Output, workload: Workload, device: Device, progres
             plan.checkpoint.place.stop()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _streams(device: Device) -> Iterator[Callable[[], None]]:
+    """Yield what gives the thread that calls it a stream that nobody else computes on.
+
+    The streams are given back at the end, but for those of threads that are still there.
+    """
+    import mlx.core as mx
+
+    where = mx.cpu if device == "cpu" else mx.gpu
+    idle = _idle_streams[device]
+    given: list[tuple[threading.Thread, mx.Stream]] = []
+
+    def use_one() -> None:
+        try:
+            stream = idle.pop()
+        except IndexError:
+            # One of `mx.new_stream` could be used by the thread that made it alone.
+            stream = mx.new_thread_unsafe_stream(where)
+        given.append((threading.current_thread(), stream))
+        # In a `with mx.stream(...)`, the thread would get a default stream of its own besides.
+        mx.set_default_device(where)
+        mx.set_default_stream(stream)
+
+    try:
+        yield use_one
+    finally:
+        for thread, stream in given:
+            if not thread.is_alive():
+                # What fails here belongs to work whose error is known, and the stream is not used again.
+                with suppress(RuntimeError):
+                    mx.synchronize(stream)
+                    idle.append(stream)
 
 
 def _ordered(

@@ -24,7 +24,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-import mlx.core as mx
 from attacks.mutations import VALUES, Pick
 
 from mla_tools import execute as executing
@@ -192,7 +191,7 @@ class _Numbered(Future[Any]):
 class _AtOnce:
     """An executor that does what it is given before it returns, so that each moment is the same each time."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, initializer: Callable[[], None] | None = None) -> None:
         self._count = 0
 
     def __enter__(self) -> _AtOnce:
@@ -404,9 +403,7 @@ def _bounded() -> Iterator[None]:
         for name in ("pread", "preadv", "read"):
             stack.enter_context(patch.object(os, name, counted(getattr(os, name))))
         stack.enter_context(patch.object(os, "fsync", lambda fd: None))
-        # Each new stream of MLX is a thread that stays, and so is the default one of each new thread.
         stack.enter_context(patch.object(executing, "ThreadPoolExecutor", _AtOnce))
-        stack.enter_context(patch.object(mx, "new_stream", mx.default_stream))
         stack.enter_context(patch.object(writing, "CHECKPOINT_BYTES", CHECKPOINT_BYTES))
         yield
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.cli import main
-from mla_tools.samples import write_sample
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00002.safetensors"
@@ -99,18 +99,19 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("samples")
-    write_sample("deepseek_v3", folder / "bf16")
-    write_sample("deepseek_v3", folder / "fp8", "fp8")
-    write_sample("longcat_flash", folder / "longcat")
-    write_sample("deepseek_v3", folder / "e8m0", "fp8-ue8m0")
-    write_sample("deepseek_v3", folder / "tensor", "fp8-tensor")
-    write_sample("deepseek_v3", folder / "channel", "ct-fp8-channel")
-    write_sample("deepseek_v3", folder / "mxfp4", "quark-mxfp4")
-    write_sample("deepseek_v3", folder / "times", "modelopt-nvfp4")
-    write_sample("deepseek_v3", folder / "divided", "ct-nvfp4")
-    return {path.name: path for path in folder.iterdir()}
+def samples() -> dict[str, Path]:
+    formats = {
+        "bf16": "bf16",
+        "fp8": "fp8",
+        "e8m0": "fp8-ue8m0",
+        "tensor": "fp8-tensor",
+        "channel": "ct-fp8-channel",
+        "mxfp4": "quark-mxfp4",
+        "times": "modelopt-nvfp4",
+        "divided": "ct-nvfp4",
+    }
+    made = {name: support.sample("deepseek_v3", fmt) for name, fmt in formats.items()}
+    return {**made, "longcat": support.sample("longcat_flash")}
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import pytest
 from conversion import convert
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import sample
 
 from mla_tools.codecs import bundle
 from mla_tools.codecs.codec import Module
 from mla_tools.codecs.fp4 import SAMPLES, Fp4
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.samples import write_sample
 from mla_tools.spec import DType, Spec
 
 NV = Fp4(False, overall="_scale_2", dtypes=(DType.U8, DType.F8_E4M3))
@@ -218,8 +218,7 @@ def test_refuses_parts_that_do_not_fit(leaves: dict[str, tuple], sentence: str) 
 @pytest.mark.parametrize("fmt", SAMPLES)
 @pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
 def test_conversion_keeps_every_number(family: str, fmt: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    write_sample(family, source, fmt)
+    source = sample(family, fmt)
     plan = convert(source, tmp_path / "out", "--dtype", "float32", "--embed-q", "float")
     out = mx.load(str(tmp_path / "out" / "model.safetensors"))
     stored = open_checkpoint(source).tensors

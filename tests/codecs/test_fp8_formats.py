@@ -6,7 +6,6 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -20,6 +19,7 @@ from mlx_lm.utils import load_model
 from native import mlx_form
 from numpy.typing import NDArray
 from safetensors import safe_open
+from support import sample
 
 from mla_tools.codecs import FORMATS, Bundle, Dense, MlxQuantized, Module, bundle, repacking
 from mla_tools.codecs.fp8 import claim
@@ -525,13 +525,6 @@ FAMILIES = ("deepseek_v3", "glm4_moe_lite")
 each_sample = pytest.mark.parametrize(
     ("family", "fmt"), [(family, fmt) for family in FAMILIES for fmt in NEW]
 )
-
-
-@cache
-def sample(family: str, fmt: str) -> Path:
-    folder = Path(mkdtemp()) / family
-    write_sample(family, folder, fmt)
-    return folder
 
 
 def entries(folder: Path) -> dict[str, tuple[str, list[int]]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import same
 
 from mla_tools.codecs import mlx_quantized
 from mla_tools.codecs.codec import Module, recast
@@ -53,11 +53,6 @@ def quantized(codec: MlxQuantized, *shape: int) -> dict[str, mx.array]:
 def specs(parts: dict[str, mx.array]) -> dict[str, Spec]:
     dtypes = {mx.uint32: DType.U32, mx.uint8: DType.U8, **{v: k for k, v in FLOATS.items()}}
     return {part: Spec(tuple(array.shape), dtypes[array.dtype]) for part, array in parts.items()}
-
-
-def same(left: mx.array, right: mx.array) -> bool:
-    alike = left.dtype == right.dtype and left.shape == right.shape
-    return alike and np.array_equal(np.array(left.view(mx.uint8)), np.array(right.view(mx.uint8)))
 
 
 @each_codec

@@ -72,10 +72,6 @@ def truth(source: Torch) -> np.ndarray[Any, Any]:
 # ---- one request
 
 
-def test_the_oracle_decodes_what_it_prefills(source: Torch, truth: np.ndarray[Any, Any]) -> None:
-    assert relative(source.cached(tokens(LENGTH), [130, *[1] * 20, 150]), truth) < TOLERANCE
-
-
 @pytest.mark.parametrize(
     "sizes",
     [
