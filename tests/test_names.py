@@ -8,15 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_tools.names import fold_indices, fold_names, natural
+from mla_tools.names import fold_files, fold_indices, fold_names, natural
 
 
 def unfold_indices(text: str) -> list[int]:
-    """Return the numbers that a folded set of indices stands for."""
-    numbers = []
-    for item in text.strip("{}").split(","):
-        first, _, last = item.partition("..")
-        numbers += range(int(first), int(last or first) + 1)
+    """Return the numbers that a folded set of indices stands for, read as a person would."""
+    whole, _, holes = text.strip("{}").partition(" except ")
+    return sorted(set(listed(whole)) - set(listed(holes)))
+
+
+def listed(text: str) -> list[int]:
+    numbers: list[int] = []
+    items = iter(text.split(",") if text else [])
+    for item in items:
+        if item == "...":
+            numbers += range(numbers[-1], int(next(items)) + 1, numbers[-1] - numbers[-2])[1:]
+        else:
+            first, _, last = item.partition("..")
+            numbers += range(int(first), int(last or first) + 1)
+    assert sorted(set(numbers)) == numbers  # in order, and none is there again
     return numbers
 
 
@@ -46,6 +56,18 @@ INDICES = [
     pytest.param([0, 1, 2], "{0..2}", id="range"),
     pytest.param([8, 0, 1, 2, 4, 6, 7, 8, 0], "{0..2,4,6..8}", id="mixed_doubled_unsorted"),
     pytest.param([9, 10, 11], "{9..11}", id="by_number_not_by_letter"),
+    pytest.param(range(3, 92, 4), "{3,7,...,91}", id="every_fourth"),
+    pytest.param(
+        set(range(91)) - set(range(3, 91, 4)), "{0..90 except 3,7,...,87}", id="all_but_every_fourth"
+    ),
+    pytest.param(range(0, 10, 2), "{0,2,4,6,8}", id="five_in_steps_are_listed"),
+    pytest.param(range(0, 12, 2), "{0,2,...,10}", id="six_in_steps_are_not"),
+    pytest.param([3, 7, 11, 15, 19, 23, 26], "{3,7,...,23,26}", id="steps_and_one_more"),
+    pytest.param([0, 5, *range(7, 40, 4), 50, 51, 52], "{0,5,7,11,...,39,50..52}", id="one_more_and_steps"),
+    pytest.param(set(range(61)) - {3}, "{0..2,4..60}", id="one_hole"),
+    pytest.param(set(range(61)) - {3, 30, 31, 50}, "{0..60 except 3,30,31,50}", id="few_holes"),
+    pytest.param([1, 10**17], f"{{1,{10**17}}}", id="far_apart"),
+    pytest.param(range(10**15), f"{{0..{10**15 - 1}}}", id="a_range_is_not_walked"),
 ]
 
 
@@ -54,9 +76,39 @@ def test_fold_indices(numbers: list[int], text: str) -> None:
     assert fold_indices(numbers) == text
 
 
-@given(st.sets(st.integers(0, 40), min_size=1))
+# Sets as models have them, of ranges with steps, and what is left when such are taken away.
+STEPS = st.builds(range, st.integers(0, 30), st.integers(0, 100), st.integers(1, 7)).map(set)
+
+
+@given(
+    st.one_of(
+        st.sets(st.integers(0, 40), min_size=1), STEPS, st.builds(set.symmetric_difference, STEPS, STEPS)
+    )
+)
 def test_folded_indices_stand_for_exactly_the_numbers(numbers: set[int]) -> None:
-    assert unfold_indices(fold_indices(numbers)) == sorted(numbers)
+    text = fold_indices(numbers)
+    assert unfold_indices(text) == sorted(numbers)
+    assert len(text) <= len(",".join(map(str, numbers))) + 2
+    assert unfold_indices(fold_indices(numbers, 5)) == sorted(numbers)
+
+
+FILES = [
+    pytest.param(["a.bin", "a.bin"], ["a.bin"], id="doubled"),
+    pytest.param(["m-00002-of-00003.x"], ["m-00002-of-00003.x"], id="one"),
+    pytest.param(
+        [f"m-{k:05}-of-00163.x" for k in range(82, 164)], ["82 x m-{00082..00163}-of-00163.x"], id="set"
+    ),
+    pytest.param(
+        ["m-00001-of-00003.x", "m-00003-of-00003.x"], ["2 x m-{00001,00003}-of-00003.x"], id="holes"
+    ),
+    pytest.param(["m-01.x", "m-001.x"], ["m-01.x", "m-001.x"], id="digits"),
+    pytest.param(["config.json", "b1.x", "c.x"], ["config.json", "b1.x", "c.x"], id="none"),
+]
+
+
+@pytest.mark.parametrize(("names", "lines"), FILES)
+def test_fold_files(names: list[str], lines: list[str]) -> None:
+    assert fold_files(names) == lines
 
 
 NAMES = [

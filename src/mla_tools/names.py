@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
-__all__ = ["NUMBER", "fold_indices", "fold_names", "natural"]
+__all__ = ["NUMBER", "fold_files", "fold_indices", "fold_names", "natural"]
 
 # Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
 # Only whole dotted components count, so "q_conv1d" stays a word, and only numbers as they are written
@@ -16,6 +17,13 @@ NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,17})(?=\.|\Z)")
 # Names with more indices than this are not folded: no model has them, and each costs a level of recursion.
 _MAX_INDICES = 16
 
+# Fewer numbers than this in equal steps are listed, which is as short.
+_MIN_STEPS = 6
+
+
+# "model-00002-of-00003.safetensors", and whatever else has one number of several digits before its ending.
+_NUMBERED = re.compile(r"(.*?)([0-9]{2,18})((?:-of-[0-9]+)?\.[a-z]+)", re.DOTALL)
+
 
 def natural(name: str) -> tuple[str | int, ...]:
     """Return a sort key under which layer 10 comes after layer 9."""
@@ -24,25 +32,66 @@ def natural(name: str) -> tuple[str | int, ...]:
     return tuple(pieces)
 
 
-def fold_indices(values: Iterable[int]) -> str:
-    """Return a set of indices as ranges, "{0..2,4,6..8}"; a single index stands without braces."""
-    if isinstance(values, range) and values.step == 1 and len(values) > 2:
-        return f"{{{values[0]}..{values[-1]}}}"
-    numbers = sorted(set(values))
-    runs: list[list[int]] = []
-    for number in numbers:
+def fold_indices(values: Iterable[int], digits: int = 1) -> str:
+    """Return a set of indices, exactly and in short; a single index stands without braces.
+
+    {0..60}                         0 to 60
+    {3,7,...,91}                    3, 7 and so on to 91: the first two tell the step
+    {0..2,5,9..11}                  several of them
+    {0..90 except 3,7,...,87}       where that is shorter
+
+    `digits`: numbers are filled up with zeros to so many.
+    """
+    runs = _runs(values)
+    text = _listed(runs, digits)
+    if text.isdigit():
+        return text
+    if len(runs) > 1:
+        whole = [(runs[0][0], runs[-1][1])]
+        gaps = [(last + 1, first - 1) for (_, last), (first, _) in pairwise(runs)]
+        text = min(text, f"{_listed(whole, digits)} except {_listed(gaps, digits)}", key=len)
+    return f"{{{text}}}"
+
+
+def _runs(values: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and the last of each run of neighbours, in order."""
+    if isinstance(values, range) and values.step == 1 and values:
+        return [(values[0], values[-1])]
+    runs: list[tuple[int, int]] = []
+    for number in sorted(set(values)):
         if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+            runs[-1] = runs[-1][0], number
         else:
-            runs.append([number, number])
-    if len(numbers) == 1:
-        return str(numbers[0])
-    # Two neighbours are a list, three and more a range.
-    texts = [
-        str(first) if first == last else f"{first}{',' if last == first + 1 else '..'}{last}"
-        for first, last in runs
-    ]
-    return "{" + ",".join(texts) + "}"
+            runs.append((number, number))
+    return runs
+
+
+def _listed(runs: Sequence[tuple[int, int]], digits: int) -> str:
+    """Return runs of numbers (first, last) as a list of numbers, of ranges and of what goes on in steps."""
+    items: list[str] = []
+    start = 0
+    while start < len(runs):
+        first, last = runs[start]
+        stop = _steps_end(runs, start)
+        if stop - start >= _MIN_STEPS:
+            numbers = [first, runs[start + 1][0], "...", runs[stop - 1][0]]
+        elif last > first + 1:
+            stop, numbers = start + 1, [f"{first:0{digits}}..{last:0{digits}}"]
+        else:  # two neighbours are a list, three and more a range
+            stop, numbers = start + 1, list(range(first, last + 1))
+        items += [item if isinstance(item, str) else f"{item:0{digits}}" for item in numbers]
+        start = stop
+    return ",".join(items)
+
+
+def _steps_end(runs: Sequence[tuple[int, int]], start: int) -> int:
+    """Return where the single numbers end that begin at `start` and follow one another in equal steps."""
+    stop = start
+    while stop < len(runs) and runs[stop][0] == runs[stop][1]:
+        if stop > start + 1 and runs[stop][0] - runs[stop - 1][0] != runs[start + 1][0] - runs[start][0]:
+            break
+        stop += 1
+    return stop
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
@@ -66,6 +115,21 @@ def fold_names(names: Iterable[str]) -> list[str]:
                 count *= len(axis)
                 text += f".{fold_indices(axis)}{word}"
             lines.append(text if count == 1 else f"{count:,} x {text}")
+    return lines
+
+
+def fold_files(names: Iterable[str]) -> list[str]:
+    """Return one line for all files that differ in their number alone: "2 x m-{00001,00003}-of-00003.x"."""
+    groups: dict[tuple[str, int, str], list[int]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        before, number, after = match.groups() if match else (name, "", "")
+        groups.setdefault((before, len(number), after), []).append(int(number or 0))
+    lines = []
+    for (before, digits, after), numbers in groups.items():
+        count = len(set(numbers))
+        text = f"{before}{fold_indices(numbers, digits) if digits else ''}{after}"
+        lines.append(text if count == 1 else f"{count:,} x {text}")
     return lines
 
 
