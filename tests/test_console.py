@@ -252,7 +252,15 @@ def test_error_json_has_each_problem_on_its_own() -> None:
     assert json.loads(json.dumps(value)) == value
     assert value["error"] == str(CheckpointError(problems))
     assert value["problems"] == [
-        {"subject": f"layers.{k}.w", "what": "missing", "needed": "[2]", "found": "nothing", "cause": "Look."}
+        {
+            "subject": f"layers.{k}.w",
+            "what": "missing",
+            "needed": "[2]",
+            "found": "nothing",
+            "cause": "Look.",
+            "reason": "",
+            "lost": [],
+        }
         for k in range(3)
     ]
 

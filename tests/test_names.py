@@ -101,8 +101,8 @@ FILES = [
     pytest.param(
         ["m-00001-of-00003.x", "m-00003-of-00003.x"], ["2 x m-{00001,00003}-of-00003.x"], id="holes"
     ),
-    pytest.param(["m-01.x", "m-001.x"], ["m-01.x", "m-001.x"], id="digits"),
-    pytest.param(["config.json", "b1.x", "c.x"], ["config.json", "b1.x", "c.x"], id="none"),
+    pytest.param(["m-01-of-9.x", "m-001-of-9.x"], ["m-01-of-9.x", "m-001-of-9.x"], id="digits"),
+    pytest.param(["config.json", "b.10.x", "c.x"], ["config.json", "b.10.x", "c.x"], id="none"),
 ]
 
 

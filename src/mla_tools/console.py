@@ -63,8 +63,7 @@ def _write(stream: TextIO, text: str) -> None:
 def error_json(error: Exception) -> dict[str, Any]:
     """Return an error as plain values; a checkpoint's problems one by one."""
     problems = error.problems if isinstance(error, CheckpointError) else ()
-    listed = [{key: getattr(problem, key) for key in problem.__dataclass_fields__} for problem in problems]
-    return {"error": str(error), "problems": listed}
+    return {"error": str(error), "problems": [problem.values() for problem in problems]}
 
 
 def ended(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:

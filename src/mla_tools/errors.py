@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mla_tools.names import NUMBER, fold_names
+from mla_tools.names import NUMBER, fold_files, fold_names, folds, natural
 
 __all__ = [
     "ChangedError",
@@ -21,6 +23,10 @@ __all__ = [
 ]
 
 _MAX_GROUPS = 40
+_MAX_SUBJECTS = 20
+_MAX_LOST = 6
+
+_BRACES = re.compile(r"\{[^}]*\}")
 
 _clip = reprlib.Repr()
 _clip.maxstring = _clip.maxother = _clip.maxlong = 80
@@ -63,60 +69,170 @@ class DamagedError(MlaToolsError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a checkpoint: what, what was needed and why, what was found."""
+    """One thing that is wrong with a checkpoint: what, what was needed and why, what was found.
+
+    `lost`: the stored tensors that cannot be read because of it, as far as they are known by name. What
+    follows from their loss has `reason` as a line of its cause.
+    """
 
     subject: str
     what: str
     needed: str = ""
     found: str = ""
     cause: str = ""
+    reason: str = ""
+    lost: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.text(self.subject)
+        return self.text(self.subject, self.lost)
 
-    def text(self, subject: str) -> str:
+    def text(self, subject: str, lost: Sequence[str] = ()) -> str:
         """Return the problem as lines, under a heading that may stand for several folded subjects."""
         lines = [f"{subject}: {self.what}"]
-        lines += [f"  {word:<7} {value}" for word, value in self._details() if value]
+        lines += [
+            f"  {word:<7} {value}"
+            for word, value in (("needed", self.needed), ("found", self.found))
+            if value
+        ]
         if self.cause:
             lines.append(f"  {self.cause}")
+        if lost and lost != (self.subject,):
+            lines += _lost_lines(lost)
         return "\n".join(lines)
 
-    def _details(self) -> tuple[tuple[str, str], ...]:
-        return (("needed", self.needed), ("found", self.found))
+    def values(self) -> dict[str, Any]:
+        """Return the problem as plain values."""
+        return {**vars(self), "lost": list(self.lost)}
+
+    def _rest(self) -> tuple[str, ...]:
+        return self.what, self.needed, self.found, self.cause
 
     def _kind(self) -> tuple[str, ...]:
-        return tuple(
-            NUMBER.sub(".*", text) for text in (self.subject, self.what, self.needed, self.found, self.cause)
-        )
+        return tuple(NUMBER.sub(".*", text) for text in self._rest())
+
+
+def _lost_lines(names: Sequence[str]) -> list[str]:
+    """Return what is lost in a few lines, the most first."""
+    folded = sorted(folds(sorted(names, key=natural)), key=lambda fold: -fold.count)
+    if len(folded) == 1:
+        return [f"  lost with it: {folded[0]}"]
+    lines = [f"  lost with it: {sum(fold.count for fold in folded):,} stored tensors"]
+    lines += [f"    {fold}" for fold in folded[:_MAX_LOST]]
+    if more := sum(fold.count for fold in folded[_MAX_LOST:]):
+        lines.append(f"    and {more:,} more")
+    return lines
 
 
 class CheckpointError(MlaToolsError):
     """Everything that is wrong with a checkpoint or an output, in one go.
 
-    `problems` holds each case; the message folds cases that differ in their indices alone.
+    `problems` holds each case. The message tells a cause once, with what is lost by it, and not what follows
+    from that; it folds cases that differ in their names alone. With `whole`, it tells each case.
     """
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], *, whole: bool = False) -> None:
         self.problems = tuple(problems)
-        super().__init__(self._message())
+        super().__init__(_each(self.problems) if whole else _folded(self.problems))
 
-    def _message(self) -> str:
-        groups: dict[tuple[str, ...], list[Problem]] = defaultdict(list)
-        for problem in self.problems:
-            groups[problem._kind()].append(problem)
-        blocks = []
-        for members in list(groups.values())[:_MAX_GROUPS]:
-            subjects = fold_names(problem.subject for problem in members)
-            text = members[0].text(subjects[0])
-            if len(members) > 1:
-                text += f"\n  (the lines above are those of the first of {len(members)})"
-            blocks.append("\n".join(subjects[1:] + [text]))
-        if len(groups) > _MAX_GROUPS:
-            blocks.append(f"... and {len(groups) - _MAX_GROUPS} more kinds of problems")
-        count = len(self.problems)
-        head = "1 problem" if count == 1 else f"{count} problems"
-        return f"{head}\n\n" + "\n\n".join(blocks)
+    def in_full(self) -> CheckpointError:
+        """Return the same error with a message that tells each problem by itself."""
+        return type(self)(self.problems, whole=True)
+
+
+def _each(problems: Sequence[Problem]) -> str:
+    return "\n\n".join([_count(len(problems)), *map(str, problems)])
+
+
+def _folded(problems: Sequence[Problem]) -> str:
+    losses = _Losses(problems)
+    told = [problem for problem in problems if not losses.explain(problem)]
+    groups: dict[tuple[str, ...], list[Problem]] = defaultdict(list)
+    for problem in told:
+        groups[problem._kind()].append(problem)
+    blocks = [_block(members) for members in list(groups.values())[:_MAX_GROUPS]]
+    if len(groups) > _MAX_GROUPS:
+        blocks.append(f"... and {len(groups) - _MAX_GROUPS} more kinds of problems")
+    head = _count(len(told))
+    if following := len(problems) - len(told):
+        causes = sum(bool(problem.reason) for problem in told)
+        verb = ("may follow" if losses.blind else "follow") + "s" * (following == 1 and not losses.blind)
+        which = "it" if causes == len(told) == 1 else "what is lost"
+        head += f", and {following:,} that {verb} from {which} (--json lists them)"
+    return "\n\n".join([head, *blocks])
+
+
+def _count(number: int) -> str:
+    return "1 problem" if number == 1 else f"{number} problems"
+
+
+def _block(members: Sequence[Problem]) -> str:
+    """Return problems of one kind as lines: all of their subjects, and the rest of the first."""
+    first = members[0]
+    subjects = fold_files(fold_names(problem.subject for problem in members))
+    lost = tuple(name for problem in members for name in problem.lost)
+    if lost == tuple(problem.subject for problem in members):
+        lost = ()
+    text = first.text(subjects[0], lost)
+    if any(problem._rest() != first._rest() for problem in members):
+        text += f"\n  (the lines above are those of the first of {len(members)})"
+    others = subjects[1:]
+    if len(others) > _MAX_SUBJECTS:
+        others[_MAX_SUBJECTS:] = [f"... and {len(others) - _MAX_SUBJECTS:,} more names"]
+    return "\n".join([*others, text])
+
+
+class _Losses:
+    """What is lost by some problems, and which others follow from that.
+
+    Tensors that are lost leave others of their module useless: a weight without its scale cannot be read, a
+    scale without its weight belongs to nothing. Their module is missing then, and no cause says why.
+    `blind`: of some files it is not known what they held.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        causes = [problem for problem in problems if problem.reason]
+        self.blind = any(not problem.lost for problem in causes)
+        self._reasons = {problem.reason for problem in causes}
+        self._modules = {name.rpartition(".")[0] for problem in causes for name in problem.lost}
+        self._folded: dict[tuple[int, ...], set[str]] = {}
+
+    def explain(self, problem: Problem) -> bool:
+        """Return whether a problem follows from what others have lost."""
+        if problem.reason or not self._reasons:
+            return False
+        modules = _modules(problem)
+        lines = problem.cause.split("\n  ")
+        return (
+            self._reasons.issuperset(lines)
+            or (self.blind and bool(modules))
+            or any(map(self._is_lost, modules))
+        )
+
+    def _is_lost(self, module: str) -> bool:
+        """Return whether tensors of a module are lost, or of one of those that a folded name stands for."""
+        if "{" not in module:
+            return module in self._modules
+        words = _BRACES.sub("*", module).split(".")
+        places = tuple(place for place, word in enumerate(words) if word == "*")
+        if places not in self._folded:
+            self._folded[places] = {_starred(name.split("."), places) for name in self._modules}
+        return ".".join(words) in self._folded[places]
+
+
+def _modules(problem: Problem) -> tuple[str, ...]:
+    """Return the modules of which a problem says that something, or all of them, is missing."""
+    looks_so = problem.cause.startswith("It looks like a scale whose weight is missing")
+    if problem.what == "cannot be read" or (problem.what == "unknown tensor" and looks_so):
+        return (problem.subject.rpartition(".")[0],)
+    if problem.what.endswith((" do not fit together", "missing")):
+        return problem.subject, problem.needed.partition("  ")[0]
+    if problem.what == "would be dropped as what it is not":
+        return (problem.needed.partition(" ")[0],)
+    return ()
+
+
+def _starred(words: list[str], places: tuple[int, ...]) -> str:
+    return ".".join("*" if place in places else word for place, word in enumerate(words))
 
 
 class ChangedError(CheckpointError):

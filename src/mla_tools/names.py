@@ -5,9 +5,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["NUMBER", "fold_files", "fold_indices", "fold_names", "natural"]
+__all__ = [
+    "NUMBER",
+    "Fold",
+    "fold_files",
+    "fold_indices",
+    "fold_names",
+    "folds",
+    "natural",
+]
 
 # Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
 # Only whole dotted components count, so "q_conv1d" stays a word, and only numbers as they are written
@@ -21,8 +30,8 @@ _MAX_INDICES = 16
 _MIN_STEPS = 6
 
 
-# "model-00002-of-00003.safetensors", and whatever else has one number of several digits before its ending.
-_NUMBERED = re.compile(r"(.*?)([0-9]{2,18})((?:-of-[0-9]+)?\.[a-z]+)", re.DOTALL)
+# A file of a set, such as model-00002-of-00003.safetensors.
+_OF_A_SET = re.compile(r"(.*-)([0-9]{1,18})(-of-[0-9]{1,18}\.[a-z]+)", re.DOTALL)
 
 
 def natural(name: str) -> tuple[str | int, ...]:
@@ -94,19 +103,35 @@ def _steps_end(runs: Sequence[tuple[int, int]], start: int) -> int:
     return stop
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Names that differ in their indices alone: how many, and one text for all of them."""
+
+    count: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text if self.count == 1 else f"{self.count:,} x {self.text}"
+
+
 def fold_names(names: Iterable[str]) -> list[str]:
     """Return one line for all names that differ in their indices alone, in order of first appearance.
 
     Each line is a name or "61 x model.layers.{0..60}.self_attn.kv_b_proj". A line stands for exactly
     the names given: index sets that are not a full product are split over several lines.
     """
+    return list(map(str, folds(names)))
+
+
+def folds(names: Iterable[str]) -> list[Fold]:
+    """Return the lines of `fold_names` with their counts."""
     groups: dict[tuple[str, ...], dict[tuple[int, ...], None]] = {}
     for name in names:
         pieces = NUMBER.split(name)
         if len(pieces) > 2 * _MAX_INDICES:
             pieces = [name]
         groups.setdefault(tuple(pieces[::2]), {})[tuple(map(int, pieces[1::2]))] = None
-    lines = []
+    found = []
     for words, tuples in groups.items():
         for axes in _products(list(tuples)):
             count = 1
@@ -114,23 +139,21 @@ def fold_names(names: Iterable[str]) -> list[str]:
             for axis, word in zip(axes, words[1:], strict=True):
                 count *= len(axis)
                 text += f".{fold_indices(axis)}{word}"
-            lines.append(text if count == 1 else f"{count:,} x {text}")
-    return lines
+            found.append(Fold(count, text))
+    return found
 
 
 def fold_files(names: Iterable[str]) -> list[str]:
-    """Return one line for all files that differ in their number alone: "2 x m-{00001,00003}-of-00003.x"."""
+    """Return one line for all files of a set: "2 x model-{00001,00003}-of-00003.safetensors"."""
     groups: dict[tuple[str, int, str], list[int]] = {}
     for name in names:
-        match = _NUMBERED.fullmatch(name)
+        match = _OF_A_SET.fullmatch(name)
         before, number, after = match.groups() if match else (name, "", "")
         groups.setdefault((before, len(number), after), []).append(int(number or 0))
-    lines = []
-    for (before, digits, after), numbers in groups.items():
-        count = len(set(numbers))
-        text = f"{before}{fold_indices(numbers, digits) if digits else ''}{after}"
-        lines.append(text if count == 1 else f"{count:,} x {text}")
-    return lines
+    return [
+        str(Fold(len(set(numbers)), f"{before}{fold_indices(numbers, digits) if digits else ''}{after}"))
+        for (before, digits, after), numbers in groups.items()
+    ]
 
 
 def _products(tuples: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:

@@ -234,7 +234,7 @@ def survey_json(checkpoint: Checkpoint, made: Steps) -> dict[str, Any]:
         "formats": {word: dict(counts) for word, counts in formats.items()},
         "dropped": len(made.drops),
         "notes": [*checkpoint.notes, *made.notes],
-        "problems": [asdict(problem) for problem in (*checkpoint.problems, *made.problems)],
+        "problems": [problem.values() for problem in (*checkpoint.problems, *made.problems)],
     }
 
 

@@ -123,6 +123,9 @@ class Shelf:
     def names(self) -> list[str]:
         return sorted(self.files)
 
+    def others(self) -> list[str]:
+        return []
+
     def kind(self, name: str) -> Kind:
         return "file" if name in self.files else "other"
 

@@ -101,7 +101,7 @@ def void(_: object) -> None:
 
 
 def not_in_the_folder(name: str) -> str:
-    return f"{name}: the index names this file for 1 tensor (a), and that is not in the folder\n{PLAIN}"
+    return f"{name}: the index names this file, and that is not in the folder\n{PLAIN}"
 
 
 NOT_A_LENGTH = (
@@ -205,7 +205,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "index names a file that is not there": (
         pointed("gone.safetensors"),
         "gone.safetensors: is listed in the index but is not in the folder\n"
-        "  needed  the file, with 1 tensor (a)\n  Download it into {folder}.",
+        "  Download it into {folder}.\n  lost with it: a",
     ),
     "stray file": (
         files(model_00001_of_00002="a", model_00002_of_00002="b", model="a"),
@@ -272,8 +272,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "pickle in the index": (
         pointed("pytorch_model.bin"),
-        "pytorch_model.bin: the index names this file for 1 tensor (a), and that is not a safetensors file\n"
-        + PLAIN,
+        "pytorch_model.bin: the index names this file, and that is not a safetensors file\n" + PLAIN,
     ),
     "pickle by another name": (
         file(b"\x80\x04\x95cposix\nsystem\n."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -172,12 +173,12 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
             assert not out.exists()
         assert code != 1 or len(told["problems"]) == count(said.err)
         for problem in told["problems"]:
-            assert problem.keys() == {"subject", "what", "needed", "found", "cause"}
+            assert problem.keys() == {"subject", "what", "needed", "found", "cause", "reason", "lost"}
         return Refused(said.err, told["problems"])
 
     def count(message: str) -> int:
-        words = message.split()
-        return int(words[1]) if words[2:3] and words[2].startswith("problem") else 0
+        found = re.match(r"error: (\d+) problems?(?:, and ([\d,]+) that follow)?", message)
+        return sum(int(number.replace(",", "")) for number in found.groups("0")) if found else 0
 
     return convert
 
@@ -279,9 +280,12 @@ def test_a_shard_that_is_not_there(sample: Bench, refused: Refuse) -> None:
     sentence = f"{SECOND} is listed in the index but is not in the folder"
     said.says(
         f"{SECOND}: is listed in the index but is not in the folder\n"
-        f"  needed  the file, with {len(lost)} tensors",
-        sentence,
+        f"  Download it into {folder.path}.\n"
+        f"  lost with it: {len(lost)} stored tensors\n",
+        "that follow from it (--json lists them)\n",
     )
+    assert sentence not in said.message
+    assert len(said.message.splitlines()) < 15
     # One problem of the file, and each that follows from it gives it as the cause.
     own, *others = said.problems
     assert own["subject"] == SECOND
@@ -366,10 +370,18 @@ def test_a_missing_expert_of_a_shard_that_is_not_there(sample: Bench, refused: R
     del folder.tensors[name]
     folder.save()
     folder.write_index({**places, name: "model-00003-of-00003.safetensors"})
-    refused(folder.path).says(
-        "model.layers.2.mlp.switch_mlp.up_proj: expert 5 is missing",
-        "found   7 of 8\n  model-00003-of-00003.safetensors is listed in the index but is not in the folder",
+    said = refused(folder.path)
+    said.says(
+        "error: 1 problem, and 1 that follows from it (--json lists them)\n\n"
+        "model-00003-of-00003.safetensors: is listed in the index but is not in the folder\n",
+        f"  lost with it: {name}\n",
     )
+    own, other = said.problems
+    assert (other["subject"], other["what"]) == (
+        "model.layers.2.mlp.switch_mlp.up_proj",
+        "expert 5 is missing",
+    )
+    assert other["cause"] == own["reason"]
 
 
 def test_several_missing_experts(sample: Bench, refused: Refuse) -> None:
@@ -626,7 +638,7 @@ def test_everything_that_is_wrong_is_told_in_one_run(sample: Bench, refused: Ref
     folder.write_index({**places, "model.norm.weight": "model-00003-of-00003.safetensors"})
     said = refused(folder.path)
     said.says(
-        "model.norm: missing",
+        "lost with it: model.norm.weight",
         "expert 1 is missing",
         "lm_head: shape mismatch",
         f"{KV_B}: its stored tensors do not fit together",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 from attacks.hostile import SHARDS, folder_with_config, folder_with_shards, index, shard
 
-from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.files.checkpoint import Skipped, open_checkpoint
 from mla_tools.files.place import Folder
 from mla_tools.samples import write_sample
 from mla_tools.spec import DType, Spec
@@ -70,8 +71,8 @@ def test_a_missing_shard_is_one_problem_and_loses_its_tensors(folder: Path) -> N
     reason = f"{TWO} is listed in the index but is not in the folder"
     assert [str(problem) for problem in checkpoint.problems] == [
         f"{TWO}: is listed in the index but is not in the folder\n"
-        "  needed  the file, with 2 tensors (2 x model.layers.{2,3}.weight)\n"
-        f"  Download it into {folder}."
+        f"  Download it into {folder}.\n"
+        "  lost with it: 2 x model.layers.{2,3}.weight"
     ]
     assert checkpoint.lost == dict.fromkeys(layers(2, 3), reason)
     assert checkpoint.tensors.keys() == layers(0, 1, 4, 5)
@@ -271,6 +272,52 @@ def test_companions_are_everything_but_weights(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert [path.name for path in checkpoint.companions] == sorted([*wanted, "linked.json"])
     assert checkpoint.notes == ("vocab.json is a link to a file that is gone, not copied",)
+    skipped = {each.name: each.reason for each in checkpoint.skipped}
+    assert skipped == {
+        ".gitattributes": "hidden",
+        "README.md": "not of a kind that is copied",
+        "assets.json/": "a folder",
+        "config.json": "written anew",
+        "fp8.safetensors.index.json": "written anew",
+        "model.safetensors.index.json": "written anew",
+        "other.model": "not of a kind that is copied",
+        "pytorch_model.bin": "weights in another format",
+        "pytorch_model.bin.index.json": "the index of weights in another format",
+        "vocab.json": "is a link to a file that is gone",
+    }
+    shards = {shard.name for shard in checkpoint.shards}
+    copied = {each.name for each in checkpoint.companions}
+    assert (
+        skipped.keys() == {f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir()} - shards - copied
+    )
+
+
+SKIPPED = [
+    pytest.param("hf_quant_config.json", "describes the quantization", id="quantization"),
+    pytest.param("extra.safetensors", "weights that are not part of the model", id="other weights"),
+    pytest.param("mla_tools.json", "tells of another output of mla-sanitize", id="record"),
+    pytest.param("Config.json", "differs from config.json in upper and lower case alone", id="case"),
+    *(
+        pytest.param(f"model.{ending}", "weights in another format", id=ending)
+        for ending in ("bin", "ckpt", "gguf", "h5", "msgpack", "npz", "onnx", "pkl", "pt", "pth")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), SKIPPED)
+def test_a_file_that_is_not_copied_has_a_reason(folder: Path, name: str, reason: str) -> None:
+    (folder / name).write_text("{}")
+    checkpoint = open_checkpoint(folder)
+    (found,) = [each.reason for each in checkpoint.skipped if each.name == name]
+    assert found.startswith(reason)
+    assert name not in {each.name for each in checkpoint.companions}
+
+
+def test_a_file_that_cannot_be_copied_is_skipped_and_noted(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.json")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.notes == ("pipe.json is no regular file, not copied",)
+    assert Skipped("pipe.json", "is no regular file") in checkpoint.skipped
 
 
 def test_sections_on_the_old_quantization_are_not_copied(folder: Path) -> None:

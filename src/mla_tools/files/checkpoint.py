@@ -10,27 +10,37 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 
 from mla_tools.errors import ChangedError, CheckpointError, MlaToolsError, Problem
-from mla_tools.files.directory import partial_name
-from mla_tools.files.place import AGAIN, File, Folder, Place, pieces, read_whole, shown
-from mla_tools.files.safetensors import Header, NotJsonError, parse_object, read_header
-from mla_tools.names import fold_names
+from mla_tools.files.companions import Planned, Skipped, choose_companions
+from mla_tools.files.index import (
+    CONFIG,
+    MAX_CONFIG,
+    SUFFIX,
+    holes,
+    losing,
+    place_tensors,
+    read_index,
+    read_json,
+    size_note,
+    some,
+    tensors_text,
+    without_index,
+)
+from mla_tools.files.place import AGAIN, File, Folder, Place, pieces, shown
+from mla_tools.files.safetensors import Header, read_header
 from mla_tools.spec import Spec
 
 __all__ = [
     "Checkpoint",
     "Planned",
     "Shard",
+    "Skipped",
     "Stored",
     "check_content",
     "check_unchanged",
@@ -38,32 +48,9 @@ __all__ = [
     "open_checkpoint",
 ]
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SUFFIX = ".safetensors"
-
-_MAX_CONFIG = 16 << 20
-_MAX_INDEX = 64 << 20
-_MAX_DEPTH = 64  # a config is copied and compared by recursion
-_NO_NUMBER = "Other readers of JSON refuse the file or read something else: correct the number."
-_COMPANIONS = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
-
-# What this package wrote about an output is not true of another one that is made of it.
-_RECORDS = "mla_tools.*"
-
-# Sections on quantization beside config.json: mlx-lm reads the first for the output's own.
-_OTHER_FORMATS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Of what is copied; a larger file is left out, and a note says so.
-_MAX_COMPANION = 1 << 30
-
-# Of a name in bytes, on every file system that is in use.
-_LONGEST_NAME = 255
-
 _LOCAL_READERS = 2
-
-_SET = re.compile(r"(.*)-(\d{1,18})-of-(\d{1,18})\.safetensors", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +60,6 @@ class Stored:
     file: File
     offset: int
     spec: Spec
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A file that a conversion will read, and its size in bytes; it opens only while it is what it was."""
-
-    file: File
-    size: int
-
-    @property
-    def name(self) -> str:
-        """The plain name of the file."""
-        return self.file.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +74,14 @@ class Shard(Planned):
     tag: str
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
-    """An index as it stands there: tensor name -> file name, and the whole number that it gives as size."""
-
-    name: str
-    places: dict[str, str]
-    total_size: int | None
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder or a repository of weights, without any of their data.
 
     `shards` are the weight files that were read, `companions` the files to copy beside converted weights
-    (tokenizer, chat template, code). `lost` says for a tensor that should be there why it cannot be read;
-    `blind`, that a file is missing or damaged and no index says what it held.
-    With `problems`, the rest is what could be found out in spite of them.
+    (tokenizer, chat template, code), `skipped` is all else that lies there. `lost` says for a tensor that
+    should be there why it cannot be read; `blind`, that a file is missing or damaged and no index says what
+    it held. With `problems`, the rest is what could be found out in spite of them.
     """
 
     place: Place
@@ -128,6 +93,7 @@ class Checkpoint:
     problems: tuple[Problem, ...]
     lost: dict[str, str]
     blind: bool = False
+    skipped: tuple[Skipped, ...] = ()
 
 
 @contextmanager
@@ -157,16 +123,16 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
     notes: list[str] = []
     fatal: list[Problem] = []
     try:
-        config = _read_json(place, names, CONFIG, _MAX_CONFIG, problems)
+        config = read_json(place, names, CONFIG, MAX_CONFIG, problems)
     except CheckpointError as error:
         fatal += error.problems
-    index = _read_index(place, names, problems)
+    index = read_index(place, names, problems)
     places = index.places if index else None
     if not weights:
         fatal.append(_no_weights(place, names, places))
-    chosen = [] if places is not None else _without_index(weights, notes)
+    chosen = [] if places is not None else without_index(weights, notes)
     if weights and places is None and not chosen:
-        found = _some(weights)
+        found = some(weights)
         cause = "An adapter is no model: give the folder of the model, or of the merged model."
         fatal.append(Problem(str(place), "holds adapters but no model", "model*.safetensors", found, cause))
     if fatal:
@@ -174,20 +140,21 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
     lost: dict[str, str] = {}
     if places is None:
         headers = _read_headers(place, chosen, {}, problems, lost)
-        problems += _holes(chosen)
+        problems += holes(chosen)
         tensors = _gather(headers, {}, problems)
     else:
-        placed = _placed(place, names, places, problems, lost)
+        placed = place_tensors(place, names, places, problems, lost)
         if left_out := [name for name in weights if name not in placed]:
-            notes.append(f"{_some(left_out)}: not named by the index, left out")
+            notes.append(f"{some(left_out)}: not named by the index, left out")
         present = [name for name in placed if name in names]
         headers = _read_headers(place, present, placed, problems, lost)
         tensors = _gather(headers, places, problems)
         _compare(headers, tensors, places, placed, problems, notes, lost)
         if index and not problems:
-            notes += _size_note(index, [stored.spec for stored in tensors.values()])
+            notes += size_note(index, [stored.spec for stored in tensors.values()])
     blind = places is None and bool(problems)
-    companions = _companions(place, names, notes, problems)
+    model = chosen if places is None else present
+    companions, skipped = choose_companions(place, names, model, notes, problems)
     return Checkpoint(
         place=place,
         config=config,
@@ -201,178 +168,8 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
         problems=tuple(problems),
         lost=lost,
         blind=blind,
+        skipped=skipped,
     )
-
-
-def _read_json(
-    place: Place, names: Iterable[str], name: str, limit: int, problems: list[Problem]
-) -> dict[str, object]:
-    """Return the object in a JSON file; a key that is there twice is a problem, no object an error."""
-    if name not in names:
-        cause = "Give the folder that holds config.json and the weights."
-        if "snapshots" in names and place.kind("snapshots") == "folder":
-            cause = "This is a hub cache: give one of the folders in its folder snapshots."
-        elif any(fnmatchcase(name, "mla_tools.journal-*") for name in names):
-            cause = "This is an output of mla-sanitize that is not finished: convert --resume finishes it."
-        raise CheckpointError([Problem(str(place), f"there is no {name} in it", cause=cause)])
-    data = read_whole(place.file(name), limit)
-    try:
-        value, twice = parse_object(data)
-    except ValueError as error:
-        cause = _NO_NUMBER if isinstance(error, NotJsonError) else AGAIN
-        raise CheckpointError([Problem(name, str(error), cause=cause)]) from error
-    if _depth(value) > _MAX_DEPTH:
-        raise CheckpointError([Problem(name, "is nested too deeply", f"at most {_MAX_DEPTH} levels")])
-    for key in dict.fromkeys(twice):
-        cause = "Readers disagree on which of the two counts: remove one."
-        problems.append(Problem(name, f"has the key {shown(key)} twice", cause=cause))
-    return value
-
-
-def _depth(value: object) -> int:
-    """Return how many objects and lists lie in one another; a plain value has 0."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, (dict, list))]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
-
-
-def _read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> Index | None:
-    """Return the index, None without a usable one."""
-    found = [name for name in names if name.endswith(f"{SUFFIX}.index.json")]
-    if not found:
-        return None
-    if INDEX in found:
-        found = [INDEX]
-    if len(found) > 1:
-        cause = f"Keep the one that belongs to the model, as {INDEX}."
-        problems.append(Problem(str(place), "has several indexes", INDEX, _some(found), cause))
-        return None
-    (index,) = found
-    try:
-        content = _read_json(place, names, index, _MAX_INDEX, problems)
-    except CheckpointError as error:
-        problems += error.problems
-        return None
-    weight_map, metadata = content.get("weight_map"), content.get("metadata")
-    if not isinstance(weight_map, dict):
-        problems.append(
-            Problem(index, "has no object weight_map", "tensor names with their files", cause=AGAIN)
-        )
-        return None
-    strange = [name for name, file in weight_map.items() if not isinstance(file, str)]
-    if strange:
-        what = f"weight_map gives no file name for {_some(strange)}"
-        problems.append(Problem(index, what, "the name of a file in the folder", cause=AGAIN))
-    size = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return Index(
-        index,
-        {name: file for name, file in weight_map.items() if isinstance(file, str)},
-        size if type(size) is int else None,
-    )
-
-
-def _size_note(index: Index, specs: Sequence[Spec]) -> list[str]:
-    """Return a note on a total_size that is not the bytes of the tensors; some index files count elements."""
-    size, nbytes = index.total_size, sum(spec.nbytes for spec in specs)
-    if size is None or size == nbytes:
-        return []
-    elements = sum(spec.size for spec in specs)
-    counts = {elements: ", the number of elements", 2 * elements: ", two bytes for each element"}
-    given = f"{size:,}" if abs(size) < 10**18 else "absurd"
-    return [
-        f"total_size in {shown(index.name)} is {given}{counts.get(size, '')};"
-        f" the tensors are {nbytes:,} bytes, which counts"
-    ]
-
-
-def _placed(
-    place: Place, names: Sequence[str], places: dict[str, str], problems: list[Problem], lost: dict[str, str]
-) -> dict[str, list[str]]:
-    """Return file -> the tensors that the index places in it, in order, for the plain file names alone.
-
-    A file that is not there, or whose name leads out of the folder, is one problem and loses its tensors.
-    """
-    placed: dict[str, list[str]] = defaultdict(list)
-    for name, file in places.items():
-        placed[file].append(name)
-    there = set(names)
-    for file in sorted(placed):
-        tensors = placed[file]
-        if fault := _file_fault(file):
-            what = f"the index names this file for {_tensors(tensors)}, and that {fault}"
-            needed = "the plain name of a .safetensors file in the folder"
-            problem = Problem(shown(file), what, needed, cause="Correct the index or download it again.")
-            reason = f"the index names the file {shown(file)} for it, and that {fault}"
-            del placed[file]
-        elif file not in there:
-            reason = f"{shown(file)} is listed in the index but is not in the folder"
-            problem = Problem(
-                shown(file),
-                "is listed in the index but is not in the folder",
-                needed=f"the file, with {_tensors(tensors)}",
-                cause=f"Download it into {place}." if place.local else "The repository is incomplete.",
-            )
-        else:
-            continue
-        problems.append(problem)
-        lost.update(dict.fromkeys(tensors, reason))
-    return dict(sorted(placed.items()))
-
-
-def _file_fault(file: str) -> str:
-    """Return why a value of the index cannot be a shard of this folder, or nothing."""
-    if not file or "\0" in file:
-        return "is no file name"
-    if "/" in file or "\\" in file or file in (".", ".."):
-        return "is not in the folder"
-    if file.startswith("."):
-        return "is a hidden file"
-    if not file.endswith(SUFFIX):
-        return "is not a safetensors file"
-    return ""
-
-
-def _without_index(weights: Sequence[str], notes: list[str]) -> list[str]:
-    """Return the files of the model when no index tells: model*, else the others, else consolidated*."""
-    own = [name for name in weights if name.startswith("model")]
-    merged = [name for name in weights if name.startswith("consolidated")]
-    rest = [name for name in weights if name not in merged and not name.startswith("adapter")]
-    chosen = own or rest or merged
-    if chosen and (left_out := [name for name in weights if name not in chosen]):
-        notes.append(f"{_some(left_out)}: not part of {_some(chosen)}, left out")
-    return chosen
-
-
-def _holes(files: Sequence[str]) -> list[Problem]:
-    """Return a problem for each set "x-00001-of-00003.safetensors" of which members are missing."""
-    sets: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for file in files:
-        if match := _SET.fullmatch(file):
-            prefix, number, total = match.groups()
-            sets[prefix, total][int(number)] = number
-    problems = []
-    for (prefix, total), numbers in sets.items():
-        # Some sets count from 0; the count in a name can be absurd, so only what is shown is listed.
-        first = 0 if 0 in numbers else 1
-        members = range(first, first + int(total))
-        count = len(members) - sum(number in members for number in numbers)
-        if count:
-            digits = len(next(iter(numbers.values())))
-            holes = (f"{prefix}-{k:0{digits}}-of-{total}{SUFFIX}" for k in members if k not in numbers)
-            listed = [shown(hole) for hole in islice(holes, 8)]
-            more = f" and {count - len(listed):,} more" if count > len(listed) else ""
-            problems.append(
-                Problem(
-                    shown(f"{prefix}-*-of-{total}{SUFFIX}"),
-                    f"{count:,} of {int(total):,} files are missing",
-                    needed=", ".join(listed) + more,
-                    found=f"{len(numbers):,} files",
-                    cause="Download the missing files.",
-                )
-            )
-    return problems
 
 
 def _read_headers(
@@ -388,10 +185,11 @@ def _read_headers(
         if isinstance(found, Header):
             headers[file] = found
             continue
-        problems += found.problems
-        first = found.problems[0]
+        first, *more = found.problems
         text = first.what if first.subject == shown(file) else f"{first.subject}: {first.what}"
-        lost.update(dict.fromkeys(placed.get(file, ()), f"{shown(file)} is damaged or unreadable: {text}"))
+        reason = f"{shown(file)} is damaged or unreadable: {text}"
+        problems += [losing(first, reason, placed.get(file, ())), *more]
+        lost.update(dict.fromkeys(placed.get(file, ()), reason))
     return headers
 
 
@@ -452,63 +250,16 @@ def _compare(
                 f"in {shown(tensors[name].file.name)}" if name in tensors else "in no file that could be read"
             )
             cause = "The index and the files are not of one download: download them again."
-            problems.append(Problem(shown(name), what, found=where, cause=cause))
+            problem = Problem(shown(name), what, found=where, cause=cause)
             if name not in tensors:
+                problem = losing(problem, what, [name])
                 lost[name] = what
+            problems.append(problem)
         extra = [name for name in header.entries if name not in places]
         if extra:
             notes.append(
-                f"{shown(file)} holds tensors that the index does not name, taken: {_tensors(extra)}"
+                f"{shown(file)} holds tensors that the index does not name, taken: {tensors_text(extra)}"
             )
-
-
-def _companions(
-    place: Place, names: Iterable[str], notes: list[str], problems: list[Problem]
-) -> tuple[Planned, ...]:
-    """Return the files to copy beside the weights, each opened once; a note tells what is not copied."""
-    found: list[Planned] = []
-    # Where a file system takes no notice of case, one of two such names would replace the other.
-    taken = {CONFIG.casefold(): CONFIG, INDEX.casefold(): INDEX}
-    for name in sorted(names, key=str.swapcase):  # the one in lower case comes first, and counts
-        wanted = any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)
-        if not wanted or name == CONFIG or name.endswith(".index.json") or fnmatchcase(name, _RECORDS):
-            continue
-        if name in _OTHER_FORMATS:
-            notes.append(
-                f"{shown(name)} describes the quantization that the checkpoint came with, not copied"
-            )
-            continue
-        kind = place.kind(name)
-        length = len(os.fsencode(partial_name(name)))
-        if kind == "gone":
-            notes.append(f"{shown(name)} is a link to a file that is gone, not copied")
-        elif kind == "other":
-            notes.append(f"{shown(name)} is no regular file, not copied")
-        elif kind == "folder":
-            pass
-        elif length > _LONGEST_NAME:
-            most = _LONGEST_NAME - len(partial_name(""))
-            notes.append(f"{shown(name)} has a name of more than {most} bytes, not copied")
-        elif (other := taken.setdefault(name.casefold(), name)) != name:
-            notes.append(
-                f"{shown(name)} differs from {shown(other)} in upper and lower case alone, not copied"
-            )
-        else:
-            try:
-                opened = place.file(name).open()
-            except CheckpointError as error:
-                problems += error.problems
-                continue
-            try:
-                if opened.size > _MAX_COMPANION:
-                    notes.append(f"{shown(name)} is larger than {_MAX_COMPANION:,} bytes, not copied")
-                    continue
-                found.append(Planned(opened.pin(), opened.size))
-            finally:
-                opened.close()
-            if kind == "link":
-                notes.append(f"{shown(name)} is a link out of the folder, and what it leads to is copied")
-    return tuple(sorted(found, key=lambda companion: companion.name))
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
@@ -541,7 +292,7 @@ def check_content(
     unknown = [shard.name for shard in checkpoint.shards if not shard.tag]
     if unknown:
         raise MlaToolsError(
-            f"--check-source: the hash that the hub gives is not known for {_some(unknown)}. It is known for"
+            f"--check-source: the hash that the hub gives is not known for {some(unknown)}. It is known for"
             " a repository that is read in place, in the hub's cache, and in a folder of `hf download"
             " --local-dir`, whose .cache has it. Without --check-source the conversion works as well."
         )
@@ -582,25 +333,11 @@ def _no_weights(place: Place, names: Iterable[str], places: dict[str, str] | Non
         "Download the weights into this folder." if place.local else "Name another repository or revision."
     )
     if pickles:
-        found = _some(pickles)
+        found = some(pickles)
         cause = "Pickle files are refused, because loading one can run code: convert to safetensors first."
     elif ggufs:
-        found = _some(ggufs)
+        found = some(ggufs)
         cause = "A folder of GGUF files is no safetensors checkpoint: download the safetensors version."
     elif places:
         found = f"an index that names {len(set(places.values())):,} files, none of which is there"
     return Problem(str(place), "holds no safetensors files", "model*.safetensors", found, cause)
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return a list of names for a sentence, the first few of many."""
-    more = f" and {len(names) - 4:,} more" if len(names) > 4 else ""
-    return ", ".join(map(shown, names[:4])) + more
-
-
-def _tensors(names: Sequence[str]) -> str:
-    """Return "3 tensors (a.{0..2}.weight)" for a sentence, with the first few kinds of many."""
-    lines = fold_names(map(shown, names))
-    more = ", ..." if len(lines) > 3 else ""
-    count = "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
-    return f"{count} ({', '.join(lines[:3])}{more})"

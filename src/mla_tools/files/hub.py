@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,7 +164,9 @@ def open_repository(
         raise CheckpointError([_no_listing(name, f"commit {found}")])
     if type(siblings) is not list or not all(type(sibling) is dict for sibling in siblings):
         raise CheckpointError([_no_listing(name, f"files {clipped(siblings)}")])
-    return Repository(name, commit, _listed(name, siblings), Ranges(name, commit, client), endpoint)
+    listed = _listed(name, siblings)
+    others = _unlisted(siblings, listed)
+    return Repository(name, commit, listed, others, Ranges(name, commit, client), endpoint)
 
 
 def _listing(client: Client, name: str, revision: str | None, url: str, arrival: Arrival) -> bytes:
@@ -206,6 +208,13 @@ def _listed(repository: str, siblings: list[dict[str, Any]]) -> dict[str, _Liste
     return listed
 
 
+def _unlisted(siblings: list[dict[str, Any]], listed: Mapping[str, _Listed]) -> list[str]:
+    """Return what else a listing has: the folders ("code/"), hidden files, and names of no file here."""
+    names = (sibling.get("rfilename") for sibling in siblings)
+    parts = (name.partition("/") for name in names if type(name) is str and name and name not in listed)
+    return sorted({first + slash for first, slash, _ in parts})
+
+
 def _tag(sibling: dict[str, Any]) -> str:
     """Return the hash of a file's content as git LFS or git names it, or nothing if none is listed."""
     lfs = sibling.get("lfs")
@@ -225,9 +234,16 @@ class Repository:
     """The files at the top of a repository, at one commit; nothing of them is kept on disk."""
 
     def __init__(
-        self, name: str, commit: str, listed: Mapping[str, _Listed], ranges: Ranges, endpoint: str
+        self,
+        name: str,
+        commit: str,
+        listed: Mapping[str, _Listed],
+        others: Sequence[str],
+        ranges: Ranges,
+        endpoint: str,
     ) -> None:
         self.name, self.revision = name, commit
+        self._others = others
         self._listed, self._ranges, self._endpoint = listed, ranges, endpoint
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, int], NDArray[np.uint8]] = OrderedDict()
@@ -245,6 +261,9 @@ class Repository:
 
     def names(self) -> list[str]:
         return sorted(self._listed)
+
+    def others(self) -> list[str]:
+        return list(self._others)
 
     def kind(self, name: str) -> Kind:
         return "file"

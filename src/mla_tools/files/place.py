@@ -116,6 +116,9 @@ class Place(Protocol):
     def names(self) -> list[str]:
         """Return the plain names of what lies there, in order, without hidden files."""
 
+    def others(self) -> list[str]:
+        """Return, in order, what else lies there: hidden files, and folders that `names` lacks ("code/")."""
+
     def kind(self, name: str) -> Kind:
         """Return what lies there by this name; "gone" is a link that leads nowhere, and "link" one to a
         file that is no part of the place."""
@@ -256,7 +259,7 @@ class Folder:
     def names(self) -> list[str]:
         """Return the names in the folder, without hidden files ("._x" is what macOS adds to archives)."""
         try:
-            return sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+            return sorted(name for name in self._entries() if not name.startswith("."))
         except FileNotFoundError:
             problem = Problem(str(self), "there is no such folder", cause="Check the path.")
         except NotADirectoryError:
@@ -266,6 +269,15 @@ class Folder:
             text = error.strerror if isinstance(error, OSError) else str(error)
             problem = Problem(shown(str(self)), "cannot be read", found=text or type(error).__name__)
         raise CheckpointError([problem])
+
+    def others(self) -> list[str]:
+        try:
+            return sorted(name for name in self._entries() if name.startswith("."))
+        except (OSError, ValueError):
+            return []
+
+    def _entries(self) -> list[str]:
+        return [path.name for path in self.path.iterdir()]
 
     def kind(self, name: str) -> Kind:
         path = self.path / name

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tools.errors import clipped
-from mla_tools.files.checkpoint import CONFIG, INDEX
+from mla_tools.files.index import CONFIG, INDEX
 from mla_tools.files.place import Place, shown
 from mla_tools.files.safetensors import parse_object
 from mla_tools.plan import Plan
