@@ -135,7 +135,26 @@ def test_a_checkpoint_that_is_wrong_is_1(source: Path, tmp_path: Path, capsys: C
         assert "expert 8 is missing" in err
     assert main(["inspect", str(tmp_path)]) == 1
     assert "expert 8 is missing" in capsys.readouterr().out
+    # --long tells each problem by itself.
+    assert main(["inspect", str(tmp_path), "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    for command in ("plan", "inspect"):
+        assert main([command, str(tmp_path), "--long"]) == 1
+        out, err = capsys.readouterr()
+        lines = (out + err).splitlines()
+        assert [line for line in lines if "expert 8 is missing" in line] == [
+            f"{problem['subject']}: {problem['what']}"
+            for problem in problems
+            if problem["what"] == "expert 8 is missing"
+        ]
     assert not (tmp_path / "out").exists()
+
+
+def test_names_in_full(source: Path, capsys: Capture) -> None:
+    assert main(["plan", str(source), "--long"]) == 0
+    out = capsys.readouterr().out
+    assert "    <- model.layers.1.mlp.experts.7.up_proj\n" in out
+    assert "{" not in out.partition("config.json")[0]
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "convert"])

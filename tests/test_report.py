@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,55 @@ def test_a_plan_tells_each_tensors_change_drops_config_and_notes(plan: Plan) -> 
     assert all(change in text for change in plan.config_changes)
     assert all(note in text for note in plan.notes)
     assert "fp8 128x128 -> affine 4-bit g64" in text
+    assert (
+        "\n\ncopied files\n  generation_config.json, tokenizer.json, tokenizer_config.json\n\n"
+        "skipped files\n  config.json, model.safetensors.index.json: written anew\n\n"
+    ) in text
+
+
+def test_a_long_plan_has_a_line_for_each_tensor(plan: Plan) -> None:
+    lines = plan_text(plan, long=True).splitlines()
+    assert not any(" x " in line.partition("dropped")[0] for line in lines if "{" in line)
+    table = lines[2 : lines.index("made from") - 1]
+    targets = [target.name for step in plan.steps for target in step.targets]
+    assert [line.split()[-1] for line in table] == [name.removesuffix(".weight") for name in targets]
+    arrow = "    <- "
+    made = [line.removeprefix(arrow) for line in lines if line.startswith(arrow)]
+    changed = [step for step in plan.steps if step.sources[0].name != step.targets[0].name]
+    assert made == [source.label for step in changed for source in step.sources]
+    dropped = {drop.source.label for drop in plan.drops}
+    assert dropped <= {line.strip() for line in lines}
+
+
+def test_skipped_files_are_told_by_their_reasons(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    for number in range(1, 41):
+        (folder / f"pytorch_model-{number:05}-of-00040.bin").touch()
+        (folder / f"notes about {number}.md").touch()
+    (folder / "bad\x1bname.md").touch()
+    plan = make_plan(open_checkpoint(folder), Options())
+    text = plan_text(plan)
+    assert "  40 x pytorch_model-{00001..00040}-of-00040.bin: weights in another format" in text
+    start = text.index("skipped files")
+    files = text[start:].partition("\n\n")[0]
+    assert all(len(line) <= 110 for line in files.splitlines())
+    assert files.count("notes about ") == 40
+    assert files.count("not of a kind that is copied") == 1
+    assert "'bad\\x1bname.md'" in files
+    value = plan_json(plan, plan.workload())["skipped_files"]
+    assert {"name": "config.json", "reason": "written anew"} in value
+    assert len(value) == 2 + 40 + 40 + 1
+
+
+def test_a_file_that_an_added_one_replaces_is_skipped(tmp_path: Path) -> None:
+    write_sample("deepseek_v4", tmp_path / "model")
+    (tmp_path / "model" / "deepseek_v4.py").write_text("")
+    plan = make_plan(open_checkpoint(tmp_path / "model"), Options())
+    value = plan_json(plan, plan.workload())
+    assert "deepseek_v4.py" in value["added_files"]
+    assert "deepseek_v4.py" not in value["copied_files"]
+    assert {"name": "deepseek_v4.py", "reason": "written anew"} in value["skipped_files"]
 
 
 def test_a_summary_counts_every_tensor_once(plan: Plan) -> None:

@@ -190,8 +190,11 @@ def _workload(args: argparse.Namespace, plan: Plan) -> Workload:
 
 def _plan(args: argparse.Namespace) -> int:
     options = options_of(args)
-    plan = _plan_of(args, options)
-    drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
+    try:
+        plan = _plan_of(args, options)
+        drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
+    except CheckpointError as error:
+        raise (error.in_full() if args.long else error) from error
     if args.json:
         found = report.plan_json(plan, _workload(args, plan))
         if drafts is not None:
@@ -199,7 +202,7 @@ def _plan(args: argparse.Namespace) -> int:
         show_json(found)
     else:
         plans = [plan] if drafts is None else [plan, drafts]
-        show("\n\n".join(report.plan_text(each, _workload(args, each)) for each in plans))
+        show("\n\n".join(report.plan_text(each, _workload(args, each), long=args.long) for each in plans))
     return 0
 
 
@@ -211,7 +214,7 @@ def _inspect(args: argparse.Namespace) -> int:
     checkpoint = _checkpoint(args)
     made = steps_of(checkpoint, Options())
     problems = [*checkpoint.problems, *made.problems]
-    error = CheckpointError(problems) if problems else None
+    error = CheckpointError(problems, whole=args.long) if problems else None
     survey = report.survey_json(checkpoint, made)
     if args.json:
         show_json(survey)
@@ -370,6 +373,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_source(plan)
     _add_conversion(plan)
+    _add_long(plan, "name every tensor on a line of its own, and tell each problem by itself")
     plan.set_defaults(run=_plan)
 
     inspect = commands.add_parser(
@@ -379,6 +383,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     _add_source(inspect)
+    _add_long(inspect, "tell each problem by itself, every name in full")
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser(
@@ -427,6 +432,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show where in the program an error came up")
+
+
+def _add_long(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--long", action="store_true", help=text)
 
 
 def _add_conversion(parser: argparse.ArgumentParser) -> None:

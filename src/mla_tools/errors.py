@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mla_tools.names import NUMBER, fold_files, fold_names, folds, natural
+from mla_tools.names import NUMBER, Fold, fold_files, fold_names, folds, natural
 
 __all__ = [
     "ChangedError",
@@ -84,20 +84,22 @@ class Problem:
     lost: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.text(self.subject, self.lost)
+        return self.text([self.subject], self.lost)
 
-    def text(self, subject: str, lost: Sequence[str] = ()) -> str:
-        """Return the problem as lines, under a heading that may stand for several folded subjects."""
-        lines = [f"{subject}: {self.what}"]
-        lines += [
-            f"  {word:<7} {value}"
-            for word, value in (("needed", self.needed), ("found", self.found))
-            if value
-        ]
+    def text(self, subjects: Sequence[str], lost: Sequence[str], *, whole: bool = False) -> str:
+        """Return the problem as lines, as that of these subjects, by which these tensors are lost.
+
+        With `whole`, each tensor is told by its name.
+        """
+        lines = [f"{subject}: {self.what}" for subject in subjects[:_MAX_SUBJECTS]]
+        if len(subjects) > _MAX_SUBJECTS:
+            lines.append(f"... and {len(subjects) - _MAX_SUBJECTS:,} more names")
+        details = (("needed", self.needed), ("found", self.found))
+        lines += [f"  {word:<7} {value}" for word, value in details if value]
         if self.cause:
             lines.append(f"  {self.cause}")
         if lost and lost != (self.subject,):
-            lines += _lost_lines(lost)
+            lines += _lost_lines(lost, whole)
         return "\n".join(lines)
 
     def values(self) -> dict[str, Any]:
@@ -111,14 +113,16 @@ class Problem:
         return tuple(NUMBER.sub(".*", text) for text in self._rest())
 
 
-def _lost_lines(names: Sequence[str]) -> list[str]:
-    """Return what is lost in a few lines, the most first."""
-    folded = sorted(folds(sorted(names, key=natural)), key=lambda fold: -fold.count)
+def _lost_lines(names: Sequence[str], whole: bool) -> list[str]:
+    """Return what is lost in a few lines, the most first; with `whole`, each name on a line."""
+    names = sorted(set(names), key=natural)
+    folded = [Fold(1, name) for name in names] if whole else folds(names)
     if len(folded) == 1:
         return [f"  lost with it: {folded[0]}"]
-    lines = [f"  lost with it: {sum(fold.count for fold in folded):,} stored tensors"]
-    lines += [f"    {fold}" for fold in folded[:_MAX_LOST]]
-    if more := sum(fold.count for fold in folded[_MAX_LOST:]):
+    folded.sort(key=lambda fold: -fold.count)
+    few = folded if whole else folded[:_MAX_LOST]
+    lines = [f"  lost with it: {len(names):,} stored tensors", *(f"    {fold}" for fold in few)]
+    if more := sum(fold.count for fold in folded[len(few) :]):
         lines.append(f"    and {more:,} more")
     return lines
 
@@ -140,7 +144,8 @@ class CheckpointError(MlaToolsError):
 
 
 def _each(problems: Sequence[Problem]) -> str:
-    return "\n\n".join([_count(len(problems)), *map(str, problems)])
+    texts = (problem.text([problem.subject], problem.lost, whole=True) for problem in problems)
+    return "\n\n".join([_count(len(problems)), *texts])
 
 
 def _folded(problems: Sequence[Problem]) -> str:
@@ -172,13 +177,10 @@ def _block(members: Sequence[Problem]) -> str:
     lost = tuple(name for problem in members for name in problem.lost)
     if lost == tuple(problem.subject for problem in members):
         lost = ()
-    text = first.text(subjects[0], lost)
+    text = first.text(subjects, lost)
     if any(problem._rest() != first._rest() for problem in members):
         text += f"\n  (the lines above are those of the first of {len(members)})"
-    others = subjects[1:]
-    if len(others) > _MAX_SUBJECTS:
-        others[_MAX_SUBJECTS:] = [f"... and {len(others) - _MAX_SUBJECTS:,} more names"]
-    return "\n".join([*others, text])
+    return text
 
 
 class _Losses:

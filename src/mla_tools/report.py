@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mla_tools.errors import CheckpointError
-from mla_tools.files.checkpoint import Checkpoint
-from mla_tools.names import NUMBER, fold_names
+from mla_tools.files.checkpoint import Checkpoint, Skipped
+from mla_tools.files.place import shown
+from mla_tools.names import NUMBER, fold_files, fold_names, natural
 from mla_tools.plan import Plan, Source, Step, Steps, Workload
 from mla_tools.rules import short
 
@@ -22,6 +23,9 @@ __all__ = [
     "survey_json",
     "survey_text",
 ]
+
+# Lists of files go on in the next line.
+_WIDTH = 110
 
 _UNITS = ("kB", "MB", "GB", "TB")
 
@@ -36,23 +40,31 @@ def human_bytes(count: int) -> str:
     return f"{count / 1000**power:.1f} {_UNITS[power - 1]}"
 
 
-def plan_text(plan: Plan, workload: Workload | None = None) -> str:
-    """Return a plan as lines in which tensors that differ in their indices alone are one."""
+def plan_text(plan: Plan, workload: Workload | None = None, *, long: bool = False) -> str:
+    """Return a plan as lines in which tensors that differ in their indices alone are one.
+
+    `long`: every tensor has a line of its own.
+    """
     tensors = sum(len(step.targets) for step in plan.steps)
     stored = len(plan.checkpoint.tensors)
     lines = [
         f"{plan.family.name}: {stored:,} stored tensors, {human_bytes(plan.source_nbytes)}"
         f" -> {tensors:,} tensors, {human_bytes(plan.nbytes)} in {_count(len(plan.files), 'file')}",
         "",
-        *_step_lines(plan.steps),
+        *_step_lines(plan.steps, long),
+        *_origin_lines(plan.steps, long),
     ]
     if plan.drops:
         lines += ["", f"dropped: {_count(len(plan.drops), 'tensor')}"]
-        lines += _drop_lines(plan)
+        lines += _drop_lines(plan, long)
     if plan.config_changes:
         lines += ["", "config.json", *(f"  {line}" for line in plan.config_changes)]
     if plan.added:
         lines += ["", "added files", *(f"  {name}" for name in plan.added)]
+    if plan.copied:
+        lines += ["", "copied files", *_wrapped([shown(file.name) for file in plan.copied])]
+    if skipped := _skipped(plan):
+        lines += ["", "skipped files", *_skipped_lines(skipped)]
     if plan.notes:
         lines += ["", "notes", *(f"  {line}" for line in plan.notes)]
     if workload is not None:
@@ -76,40 +88,65 @@ def _count(number: int, word: str) -> str:
     return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
-def _step_lines(steps: Sequence[Step]) -> list[str]:
-    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for step in steps:
+def _wrapped(names: Sequence[str], end: str = "") -> list[str]:
+    """Return names as a list over lines that are not too long, with an end such as ": why"."""
+    lines: list[str] = []
+    for number, name in enumerate(names, 1):
+        word = name + ("," if number < len(names) else end)
+        if lines and len(lines[-1]) + len(word) < _WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return lines
+
+
+def _skipped(plan: Plan) -> list[Skipped]:
+    """Return what of the source's folder does not go beside the weights, and why."""
+    replaced = [file.name for file in plan.checkpoint.companions if file.name in plan.added]
+    return [*plan.checkpoint.skipped, *(Skipped(name, "written anew") for name in replaced)]
+
+
+def _skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+    """Return the skipped files of each reason, the files of a set as one."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for each in skipped:
+        reasons[each.reason].append(shown(each.name))
+    return [line for reason, names in reasons.items() for line in _wrapped(fold_files(names), f": {reason}")]
+
+
+def _step_lines(steps: Sequence[Step], long: bool) -> list[str]:
+    groups: dict[tuple[str, str, str, int], list[str]] = defaultdict(list)
+    for number, step in enumerate(steps):
         before = _formats(step.sources)
         for target in step.targets:
             after = target.codec.name
             change = after if before == after else f"{before} -> {after}"
             shape = f"[{', '.join(map(str, target.spec.shape))}]"
-            groups[target.exactness, change, shape].append(short(target.name))
-    rows = []
-    for (word, change, shape), names in groups.items():
-        for line in fold_names(names):
-            rows.append((word, change, shape, line))
+            groups[target.exactness, change, shape, number if long else 0].append(short(target.name))
+    rows = [
+        (*key[:3], line) for key, names in groups.items() for line in (names if long else fold_names(names))
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
     lines = []
     for row in rows:
         left = "  ".join(text.ljust(width) for text, width in zip(row[:3], widths, strict=True))
         lines.append(f"{left}  {row[3]}")
-    return lines + _origin_lines(steps)
+    return lines
 
 
 def _formats(sources: Iterable[Source]) -> str:
     return " + ".join(dict.fromkeys(source.codec.name for source in sources))
 
 
-def _origin_lines(steps: Sequence[Step]) -> list[str]:
-    """Return what is renamed or reshaped: one line for each group of sources and targets."""
+def _origin_lines(steps: Sequence[Step], long: bool) -> list[str]:
+    """Return what is renamed or reshaped: the targets and the sources of each group of steps."""
     groups: dict[str, tuple[list[str], list[str]]] = {}
-    for step in steps:
+    for number, step in enumerate(steps):
         names = [short(source.name) for source in step.sources]
         targets = [short(target.name) for target in step.targets]
         if names == targets:
             continue
-        key = f"{type(step.op).__name__} {_words(targets)} {_words(names[:1])}"
+        key = f"{type(step.op).__name__} {_words(targets)} {_words(names[:1])}{number if long else ''}"
         held = groups.setdefault(key, ([], []))
         held[0].extend(names)
         held[1].extend(targets)
@@ -117,8 +154,8 @@ def _origin_lines(steps: Sequence[Step]) -> list[str]:
         return []
     lines = ["", "made from"]
     for names, targets in groups.values():
-        lines.append(f"  {', '.join(fold_names(targets))}")
-        lines.append(f"    <- {', '.join(fold_names(names))}")
+        lines += [f"  {line}" for line in (targets if long else [", ".join(fold_names(targets))])]
+        lines += [f"    <- {line}" for line in (names if long else [", ".join(fold_names(names))])]
     return lines
 
 
@@ -126,19 +163,19 @@ def _words(names: Iterable[str]) -> str:
     return " ".join("".join(c for c in name if not c.isdigit()) for name in names)
 
 
-# More lines than this for one reason are told as whole layers; --json names every tensor.
+# More lines than this for one reason are told as whole layers; --long names every tensor.
 _MAX_DROP_LINES = 4
 
 
-def _drop_lines(plan: Plan) -> list[str]:
+def _drop_lines(plan: Plan, long: bool) -> list[str]:
     reasons: dict[str, list[str]] = defaultdict(list)
     for drop in plan.drops:
         reasons[drop.reason].append(short(drop.source.name))
     lines = []
     for reason, names in reasons.items():
         lines.append(f"  {reason}")
-        folded = fold_names(sorted(names))
-        if len(folded) > _MAX_DROP_LINES:
+        folded = sorted(names, key=natural) if long else fold_names(sorted(names))
+        if not long and len(folded) > _MAX_DROP_LINES:
             layers = Counter(_layer(name) for name in names)
             if len(layers) > _MAX_DROP_LINES:
                 layers = Counter(name.partition(".")[0] for name in names)
@@ -181,6 +218,7 @@ def plan_json(plan: Plan, workload: Workload) -> dict[str, Any]:
         "dropped": [{"name": drop.source.name, "reason": drop.reason} for drop in plan.drops],
         "files": [{"name": file.name, "bytes": file.layout.size} for file in plan.files],
         "copied_files": [file.name for file in plan.copied],
+        "skipped_files": [asdict(each) for each in _skipped(plan)],
         "added_files": list(plan.added),
         "bytes": plan.nbytes,
         "parameters": plan.parameters,

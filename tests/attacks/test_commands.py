@@ -101,7 +101,7 @@ def void(_: object) -> None:
 
 
 def not_in_the_folder(name: str) -> str:
-    return f"{name}: the index names this file, and that is not in the folder\n{PLAIN}"
+    return f"{name}: the index names this file, and that is not in the folder\n{PLAIN}\n  lost with it: a"
 
 
 NOT_A_LENGTH = (
@@ -175,11 +175,11 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "index names a folder": (
         pointed("a.safetensors", lambda folder: (folder / "a.safetensors").mkdir()),
-        "a.safetensors: is not a regular file\n  found   a folder",
+        "a.safetensors: is not a regular file\n  found   a folder\n  lost with it: a",
     ),
     "index names a linked folder": (
         pointed("a.safetensors", lambda folder: (folder / "a.safetensors").symlink_to("..")),
-        "a.safetensors: is not a regular file\n  found   a folder",
+        "a.safetensors: is not a regular file\n  found   a folder\n  lost with it: a",
     ),
     "link to a device": (leads("/dev/zero"), f"{ONE}: is not a regular file\n  found   a pipe or a device"),
     "link to another file": (
@@ -272,7 +272,8 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "pickle in the index": (
         pointed("pytorch_model.bin"),
-        "pytorch_model.bin: the index names this file, and that is not a safetensors file\n" + PLAIN,
+        "pytorch_model.bin: the index names this file, and that is not a safetensors file\n"
+        f"{PLAIN}\n  lost with it: a",
     ),
     "pickle by another name": (
         file(b"\x80\x04\x95cposix\nsystem\n."),
@@ -475,7 +476,8 @@ def test_a_companion_that_is_a_link_out_of_the_folder_is_told(
     assert main(["plan", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "\n  notes.txt is a link out of the folder, and what it leads to is copied\n" in said
-    assert "same.txt" not in said
+    assert "\n  generation_config.json, notes.txt, same.txt, tokenizer.json" in said
+    assert "same.txt is" not in said
 
 
 # --- where checkpoints lie -----------------------------------------------------------------------------
