@@ -150,7 +150,7 @@ def _each(problems: Sequence[Problem]) -> str:
 
 def _folded(problems: Sequence[Problem]) -> str:
     losses = _Losses(problems)
-    told = [problem for problem in problems if not losses.explain(problem)]
+    told = [problem for problem in problems if not losses.explains(problem)]
     groups: dict[tuple[str, ...], list[Problem]] = defaultdict(list)
     for problem in told:
         groups[problem._kind()].append(problem)
@@ -160,7 +160,7 @@ def _folded(problems: Sequence[Problem]) -> str:
     head = _count(len(told))
     if following := len(problems) - len(told):
         causes = sum(bool(problem.reason) for problem in told)
-        verb = ("may follow" if losses.blind else "follow") + "s" * (following == 1 and not losses.blind)
+        verb = "may follow" if losses.guessed else "follows" if following == 1 else "follow"
         which = "it" if causes == len(told) == 1 else "what is lost"
         head += f", and {following:,} that {verb} from {which} (--json lists them)"
     return "\n\n".join([head, *blocks])
@@ -186,29 +186,28 @@ def _block(members: Sequence[Problem]) -> str:
 class _Losses:
     """What is lost by some problems, and which others follow from that.
 
-    Tensors that are lost leave others of their module useless: a weight without its scale cannot be read, a
-    scale without its weight belongs to nothing. Their module is missing then, and no cause says why.
-    `blind`: of some files it is not known what they held.
+    Some say so: the loss is their cause. Of others it is a good guess: a weight whose scale is lost cannot be
+    read or seems to have another shape, a scale whose weight is lost belongs to nothing, and their module is
+    missing. Where it is not known what a file held, that may be true of all weights and scales.
     """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         causes = [problem for problem in problems if problem.reason]
-        self.blind = any(not problem.lost for problem in causes)
+        self.guessed = False
+        self._blind = any(not problem.lost for problem in causes)
         self._reasons = {problem.reason for problem in causes}
         self._modules = {name.rpartition(".")[0] for problem in causes for name in problem.lost}
         self._folded: dict[tuple[int, ...], set[str]] = {}
 
-    def explain(self, problem: Problem) -> bool:
+    def explains(self, problem: Problem) -> bool:
         """Return whether a problem follows from what others have lost."""
         if problem.reason or not self._reasons:
             return False
-        modules = _modules(problem)
-        lines = problem.cause.split("\n  ")
-        return (
-            self._reasons.issuperset(lines)
-            or (self.blind and bool(modules))
-            or any(map(self._is_lost, modules))
-        )
+        if self._reasons.issuperset(problem.cause.split("\n  ")):
+            return True
+        found = (self._blind and _lacks(problem)) or any(map(self._is_lost, _modules(problem)))
+        self.guessed = self.guessed or found
+        return found
 
     def _is_lost(self, module: str) -> bool:
         """Return whether tensors of a module are lost, or of one of those that a folded name stands for."""
@@ -221,16 +220,23 @@ class _Losses:
         return ".".join(words) in self._folded[places]
 
 
+_ALONE = "would be dropped as what it is not"
+
+
+def _lacks(problem: Problem) -> bool:
+    """Return whether a problem is that something else is not there."""
+    scale = problem.cause.startswith("It looks like a scale whose weight is missing")
+    told = problem.what.endswith(("cannot be read", " do not fit together", "missing"))
+    return scale or told or problem.what == _ALONE
+
+
 def _modules(problem: Problem) -> tuple[str, ...]:
-    """Return the modules of which a problem says that something, or all of them, is missing."""
-    looks_so = problem.cause.startswith("It looks like a scale whose weight is missing")
-    if problem.what == "cannot be read" or (problem.what == "unknown tensor" and looks_so):
+    """Return the modules that a problem is about, if what they lack can be the cause of it."""
+    if problem.what in ("cannot be read", "unknown tensor"):
         return (problem.subject.rpartition(".")[0],)
-    if problem.what.endswith((" do not fit together", "missing")):
+    if problem.what.endswith((" do not fit together", " shape", "shape mismatch", "missing")):
         return problem.subject, problem.needed.partition("  ")[0]
-    if problem.what == "would be dropped as what it is not":
-        return (problem.needed.partition(" ")[0],)
-    return ()
+    return (problem.needed.partition(" ")[0],) if problem.what == _ALONE else ()
 
 
 def _starred(words: list[str], places: tuple[int, ...]) -> str:

@@ -177,7 +177,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         return Refused(said.err, told["problems"])
 
     def count(message: str) -> int:
-        found = re.match(r"error: (\d+) problems?(?:, and ([\d,]+) that follow)?", message)
+        found = re.match(r"error: (\d+) problems?(?:, and ([\d,]+) that (?:may )?follow)?", message)
         return sum(int(number.replace(",", "")) for number in found.groups("0")) if found else 0
 
     return convert
