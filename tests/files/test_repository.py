@@ -921,6 +921,8 @@ def test_a_listing_leads_to_no_other_place(hub: Hub) -> None:
     ]
     hub.listing = lambda call: call.answer(200, listing(*entries, {"rfilename": 7, "size": 1}))
     assert opened(hub).names() == ["b c.json", "名" * 83 + ".json"]
+    others = ["../", "/", "sub/", "..", ".a.json", "a\\b.json", "a\0.json", "a\n.json", *strange[-3:]]
+    assert opened(hub).others() == sorted(others)
 
 
 def broken_folders() -> dict[str, Any]:
