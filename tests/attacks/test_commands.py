@@ -229,7 +229,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "config with a key twice": (
         config(b'{"model_type": "deepseek_v3", "model_type": "llama"}'),
-        "config.json: has the key model_type twice\n"
+        "config.json: has a duplicate key: model_type\n"
         "  Readers disagree on which of the two counts: remove one.",
     ),
     **{

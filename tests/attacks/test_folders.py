@@ -185,8 +185,8 @@ def test_repeated_keys_are_problems(tmp_path: Path) -> None:
     )
     checkpoint = open_checkpoint(tmp_path)
     assert [(problem.subject, problem.what) for problem in checkpoint.problems] == [
-        ("config.json", "has the key factor twice"),
-        ("model.safetensors.index.json", "has the key a twice"),
+        ("config.json", "has a duplicate key: factor"),
+        ("model.safetensors.index.json", "has a duplicate key: a"),
     ]
 
 
@@ -208,7 +208,7 @@ def test_several_damages_are_all_reported(tmp_path: Path) -> None:
     index(folder, {f"t.{k}": file for k, file in enumerate(files)} | {"t.6": "/etc/passwd"})
     checkpoint = open_checkpoint(folder)
     assert [(problem.subject, problem.what) for problem in checkpoint.problems] == [
-        ("config.json", "has the key a twice"),
+        ("config.json", "has a duplicate key: a"),
         ("/etc/passwd", "the index names this file, and that is not in the folder"),
         (files[5], "is listed in the index but is not in the folder"),
         (files[2], "is truncated: 5 bytes are missing at the end"),

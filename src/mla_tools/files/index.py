@@ -74,7 +74,7 @@ def read_json(
         raise CheckpointError([Problem(name, "is nested too deeply", f"at most {_MAX_DEPTH} levels")])
     for key in dict.fromkeys(twice):
         cause = "Readers disagree on which of the two counts: remove one."
-        problems.append(Problem(name, f"has the key {shown(key)} twice", cause=cause))
+        problems.append(Problem(name, f"has a duplicate key: {shown(key)}", cause=cause))
     return value
 
 
