@@ -8,8 +8,9 @@ import pytest
 
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import open_checkpoint
-from mla_tools.plan import Options, make_plan
-from mla_tools.sample import write_sample
+from mla_tools.options import Options
+from mla_tools.plan import make_plan
+from mla_tools.samples import write_sample
 
 SAMPLES = [
     ("deepseek_v3", "bf16"),
