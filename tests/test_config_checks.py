@@ -17,9 +17,9 @@ from support import sample
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.names import short
 from mla_tools.options import Options
 from mla_tools.plan import make_plan
-from mla_tools.rules import short
 from mla_tools.samples import sample_config, write_sample
 
 

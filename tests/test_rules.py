@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tools.architectures import MODEL_TYPES, table_of
-from mla_tools.ops import SplitKvB, Stack, SwapLastAxes
-from mla_tools.rules import Domain, Drop, Match, Param, Rule, Table, name, short
+from mla_tools.names import Domain, short, template
+from mla_tools.ops import CutRows, SplitKvB, Stack, SwapLastAxes
+from mla_tools.rules import Drop, Form, Param, Route, Rule
 from mla_tools.samples import sample_config
+from mla_tools.table import Match, Table
 
 UP = "layers.{l}.experts.{e}.up.weight"
 STACKED = "layers.{l}.switch.up.weight"
@@ -21,11 +23,17 @@ each_family = pytest.mark.parametrize("family", MODEL_TYPES)
 
 
 def rule(source: str, target: str | None = None, **where: Domain) -> Rule:
-    return Rule((source,), (target or source,), ((2, 3),), where=where)
+    return Rule.of(source, target or source, (2, 3), where=where)
 
 
 def experts(layers: Domain = range(1, 3), count: int = 12) -> Rule:
-    return Rule((UP,), (STACKED,), ((2, 3),), Stack(), {"l": layers, "e": range(count)})
+    return Rule.of(UP, STACKED, (2, 3), Stack(), {"l": layers, "e": range(count)})
+
+
+def route(rule: Rule) -> Route:
+    """Return the one route of a rule with one form."""
+    (only,) = rule.routes()
+    return only
 
 
 def sample_table(family: str) -> Table:
@@ -36,24 +44,24 @@ def sample_table(family: str) -> Table:
 
 
 def test_a_template_is_words_and_indices() -> None:
-    template = name("model.layers.{l}.experts.{e}.up.weight")
-    assert template.words == ("model.layers", ".experts", ".up.weight")
-    assert template.indices == ("l", "e")
-    assert template.format({"e": 17, "l": 3}) == "model.layers.3.experts.17.up.weight"
+    parsed = template("model.layers.{l}.experts.{e}.up.weight")
+    assert parsed.words == ("model.layers", ".experts", ".up.weight")
+    assert parsed.indices == ("l", "e")
+    assert parsed.format({"e": 17, "l": 3}) == "model.layers.3.experts.17.up.weight"
     where = {"l": range(4), "e": range(8)}
-    assert template.fold({"l": 3}, where) == "model.layers.3.experts.{0..7}.up.weight"
+    assert parsed.fold({"l": 3}, where) == "model.layers.3.experts.{0..7}.up.weight"
 
 
 def test_an_index_at_the_end_and_none_at_all() -> None:
-    assert name("norm.{i}").format({"i": 1}) == "norm.1"
-    assert name("lm_head.weight").indices == ()
+    assert template("norm.{i}").format({"i": 1}) == "norm.1"
+    assert template("lm_head.weight").indices == ()
 
 
 @given(st.dictionaries(st.sampled_from("lei"), st.integers(0, 10**6), min_size=3))
 def test_a_formatted_name_is_found_with_its_values(values: dict[str, int]) -> None:
     text = "a.{l}.b1.{e}.c2d.{i}"
     domains = {index: range(value, value + 1) for index, value in values.items()}
-    match = Table([rule(text, **domains)]).lookup(name(text).format(values))
+    match = Table([rule(text, **domains)]).lookup(template(text).format(values))
     assert match is not None
     assert match.values == (values["l"], values["e"], values["i"])
 
@@ -72,7 +80,7 @@ def test_a_formatted_name_is_found_with_its_values(values: dict[str, int]) -> No
 )
 def test_templates_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="whole components"):
-        name(text)
+        template(text)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,7 @@ def test_short(long: str, wanted: str) -> None:
 
 
 def test_an_index_on_the_left_alone_is_gathered_in_the_order_of_numbers() -> None:
-    gather = experts()
+    gather = route(experts())
     assert (gather.gathered, gather.scattered, gather.shared) == (("e",), (), ("l",))
     assert gather.applications() == [(1,), (2,)]
     assert gather.sources((2,)) == [f"layers.2.experts.{e}.up.weight" for e in range(12)]
@@ -96,25 +104,31 @@ def test_an_index_on_the_left_alone_is_gathered_in_the_order_of_numbers() -> Non
 
 
 def test_an_index_on_the_right_alone_is_scattered() -> None:
-    scatter = experts().inverse()
+    scatter = route(experts()).inverse()
     assert (scatter.gathered, scatter.scattered, scatter.shared) == ((), ("e",), ("l",))
     assert scatter.shapes == ((12, 2, 3),)
-    assert scatter.targets((1,)) == experts().sources((1,))
+    assert scatter.targets((1,)) == route(experts()).sources((1,))
     assert scatter.target_shapes() == ((2, 3),) * 12
 
 
 def test_several_gathered_indices_and_templates_run_with_the_last_fastest() -> None:
-    both = Rule(("a.{l}.{i}.{e}.x", "b.{l}.{i}.{e}.x"), ("c.{l}.x",), ((1,), (1,)), Stack(),
-                {"l": range(1), "i": range(2), "e": range(11)})  # fmt: skip
+    form = Form(
+        "hub",
+        ("a.{l}.{i}.{e}.x", "b.{l}.{i}.{e}.x"),
+        ((1,), (1,)),
+        Stack(),
+        {"i": range(2), "e": range(11)},
+    )
+    both = Rule(("c.{l}.x",), (form,), {"l": range(1)})
     wanted = [f"{letter}.0.{i}.{e}.x" for letter, i, e in product("ab", range(2), range(11))]
-    assert both.sources((0,)) == wanted
+    assert route(both).sources((0,)) == wanted
     table = Table([both])
     slots = [table.slot(found) for found in map(table.lookup, wanted) if found]
     assert slots == [((0,), slot) for slot in range(len(wanted))]
 
 
 def test_the_slots_follow_the_numbers_where_a_domain_has_gaps() -> None:
-    table = Table([Rule(("x.{e}.w",), ("y.w",), ((1,),), Stack(), {"e": frozenset({7, 30, 2})})])
+    table = Table([Rule.of("x.{e}.w", "y.w", (1,), Stack(), {"e": frozenset({7, 30, 2})})])
     order = {e: table.slot(match)[1] for e in (2, 7, 30) if (match := table.lookup(f"x.{e}.w"))}
     assert order == {2: 0, 7: 1, 30: 2}
 
@@ -164,9 +178,9 @@ def test_a_match_leads_to_its_rule_drop_and_shape() -> None:
     stacked, dropped = table.lookup("layers.1.experts.3.up.weight"), table.lookup("layers.70.mtp.weight")
     assert stacked is not None
     assert dropped is not None
-    assert table.rule(stacked) == experts()
+    assert table.route(stacked) == route(experts())
     assert table.shape(stacked) == (2, 3)
-    assert table.rule(dropped) is None
+    assert table.route(dropped) is None
     assert table.drop(dropped) is drop
     assert table.shape(dropped) == (4,)
     assert table.slot(stacked) == ((1,), 3)
@@ -190,39 +204,84 @@ def test_two_rules_that_claim_one_name_are_refused(rules: list[Rule], drops: lis
 
 
 def test_two_rules_that_make_one_name_are_refused() -> None:
-    table = Table([rule("a.w", "c.w"), rule("b.w", "c.w")], identities=False)
-    with pytest.raises(ValueError, match=r"two rules make c\.w"):
-        table.targets()
+    with pytest.raises(ValueError, match=r"two rules (make|claim) c\.w"):
+        Table([rule("a.w", "c.w"), rule("b.w", "c.w")]).targets()
 
 
-# --- what is converted already -----------------------------------------------------------------------
+# --- layouts -----------------------------------------------------------------------------------------
 
 
-def test_a_name_that_has_its_target_form_already_is_an_alternative() -> None:
+def test_a_target_that_is_there_already_is_in_the_layout_mlx() -> None:
     table = Table([experts(), rule("a.w")])
     match = table.lookup("layers.2.switch.up.weight")
     assert match is not None
-    identity = table.rule(match)
-    assert identity is not None
-    assert identity.alternative
-    assert identity.source == identity.target == (STACKED,)
+    there = table.route(match)
+    assert there is not None
+    assert there.layouts == ("mlx",)
+    assert not there.first
+    assert there.source == there.target == (STACKED,)
     assert table.shape(match) == (12, 2, 3)
-    # Nothing is made twice, and a rule that changes nothing needs no alternative.
+    # Nothing is made twice, and what is the same in both layouts is one route.
     assert list(table.targets()) == ["layers.1.switch.up.weight", "layers.2.switch.up.weight", "a.w"]
-    assert [r.alternative for r in table.rules] == [False, False, True]
+    assert [found.layouts for found in table.routes] == [("hub",), ("hub", "mlx"), ("mlx",)]
 
 
-def test_a_name_that_another_rule_reads_gets_no_alternative() -> None:
+def test_a_name_that_another_rule_reads_is_that_ones() -> None:
     # b is made from a; but a checkpoint's own b becomes c.
     table = Table([rule("a.w", "b.w"), rule("b.w", "c.w")])
-    match = table.lookup("b.w")
-    assert match == Match(1, 0, ())
-    assert [r.source for r in table.rules if r.alternative] == [("c.w",)]
+    assert table.lookup("b.w") == Match(1, 0, ())
+    assert [found.source for found in table.routes if not found.first] == [("c.w",)]
+
+
+def test_the_shape_tells_what_a_name_stands_for() -> None:
+    swap = Rule.of("c.{l}.w", "c.{l}.w", (8, 1, 4), SwapLastAxes(), {"l": range(2)})
+    table = Table([swap])
+    stored, there = table.lookup("c.1.w", (8, 1, 4)), table.lookup("c.1.w", (8, 4, 1))
+    assert stored is not None
+    assert there is not None
+    assert (table.shape(stored), table.shape(there)) == ((8, 1, 4), (8, 4, 1))
+    assert [table.route(match).layouts for match in (stored, there)] == [("hub",), ("mlx",)]  # type: ignore[union-attr]
+    # Without a shape, or with one that fits neither, it is what the hub has.
+    assert table.lookup("c.1.w") == table.lookup("c.1.w", (5,)) == stored
+
+
+PAIR = Rule(
+    ("q.{l}.w", "k.{l}.w"),
+    (
+        Form("hub", ("wq.{l}.w", "wk.{l}.w"), ((4, 3), (2, 3)), each=True),
+        Form("fused", ("qk.{l}.w",), ((6, 3),), CutRows((4, 2))),
+        Form("transposed", ("wq.t.{l}.w", "wk.t.{l}.w"), ((3, 4), (3, 2)), SwapLastAxes(), each=True),
+    ),
+    {"l": range(3)},
+)
+
+
+def test_a_form_may_hold_each_target_by_itself() -> None:
+    first, second, fused, *_ = PAIR.routes()
+    assert [(one.source, one.target) for one in (first, second)] == [
+        (("wq.{l}.w",), ("q.{l}.w",)),
+        (("wk.{l}.w",), ("k.{l}.w",)),
+    ]
+    assert (fused.source, fused.target, fused.target_shapes()) == (
+        ("qk.{l}.w",),
+        PAIR.target,
+        ((4, 3), (2, 3)),
+    )
+    table = Table([PAIR])
+    wanted = {"wq.1.w": "hub", "wk.1.w": "hub", "qk.1.w": "fused", "q.1.w": "mlx", "wq.t.1.w": "transposed"}
+    for text, layout in wanted.items():
+        match = table.lookup(text)
+        assert match is not None
+        found = table.route(match)
+        assert found is not None
+        assert found.layouts == (layout,)
+    assert next(iter(table.targets().items())) == ("q.0.w", ((4, 3), Param()))
+    assert len(table.targets()) == 6
 
 
 def test_a_rule_without_applications_is_left_out() -> None:
     table = Table([experts(range(0)), rule("a.w")])
-    assert [r.source for r in table.rules] == [("a.w",)]
+    assert [found.source for found in table.routes] == [("a.w",)]
     assert table.lookup("layers.0.switch.up.weight") is None
 
 
@@ -235,53 +294,74 @@ def test_layers(rules: list[Rule], layers: int) -> None:
     assert Table(rules).layers() == layers
 
 
-# --- inverse -----------------------------------------------------------------------------------------
+# --- the other way -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("there", "shapes"),
     [
         (experts(), ((12, 2, 3),)),
-        (Rule(("kv.w",), ("k.w", "v.w"), ((4 * 5, 6),), SplitKvB(3, 2)), ((4, 6, 3), (4, 2, 6))),
-        (Rule(("c.w",), ("d.w",), ((8, 1, 4),), SwapLastAxes()), ((8, 4, 1),)),
+        (Rule.of("kv.w", ("k.w", "v.w"), (4 * 5, 6), SplitKvB(3, 2)), ((4, 6, 3), (4, 2, 6))),
+        (Rule.of("c.w", "d.w", (8, 1, 4), SwapLastAxes()), ((8, 4, 1),)),
     ],
     ids=["stack", "split", "swap"],
 )
-def test_a_rule_inverted_twice_is_itself(there: Rule, shapes: tuple[tuple[int, ...], ...]) -> None:
-    back = there.inverse()
+def test_a_route_inverted_twice_is_itself(there: Rule, shapes: tuple[tuple[int, ...], ...]) -> None:
+    back = route(there).inverse()
     assert back.shapes == shapes
-    assert (back.source, back.target) == (there.target, there.source)
-    assert back.inverse() == there
+    assert (back.source, back.target) == (route(there).target, route(there).source)
+    assert back.inverse() == route(there)
+
+
+@pytest.mark.parametrize(
+    ("layout", "made"),
+    [("fused", ["qk.{l}.w"]), ("hub", ["wq.{l}.w", "wk.{l}.w"]), ("mlx", ["q.{l}.w", "k.{l}.w"])],
+)
+def test_a_table_can_aim_at_each_of_its_layouts(layout: str, made: list[str]) -> None:
+    table = Table([PAIR]).aimed(layout)
+    assert table.layout == layout
+    wanted = [template(text).format({"l": layer}) for layer in range(3) for text in made]
+    assert sorted(table.targets()) == sorted(wanted)
+    # It is made of the layout mlx, and understood where it is there already.
+    for text, number in (("q.1.w", 0), (wanted[0], 0)):
+        match = table.lookup(text)
+        assert match is not None
+        assert table.slot(match)[1] == number
+
+
+def test_a_layout_that_nobody_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no layout gguf here, only hub, fused, transposed, mlx"):
+        Table([PAIR]).aimed("gguf")
 
 
 def concrete(table: Table) -> tuple[list[str], list[str]]:
-    """Return every source and every target of a table's rules, alternatives aside."""
-    rules = [r for r in table.rules if not r.alternative]
+    """Return every source and every target of a table's first forms, sorted."""
+    routes = [found for found in table.routes if found.first]
     return (
-        [text for r in rules for key in r.applications() for text in r.sources(key)],
-        [text for r in rules for key in r.applications() for text in r.targets(key)],
+        sorted(text for found in routes for key in found.applications() for text in found.sources(key)),
+        sorted(text for found in routes for key in found.applications() for text in found.targets(key)),
     )
 
 
 @each_family
-def test_the_table_of_a_family_backwards_swaps_sources_and_targets(family: str) -> None:
+def test_the_table_of_a_family_aimed_at_the_hub_swaps_sources_and_targets(family: str) -> None:
     table = sample_table(family)
     sources, targets = concrete(table)
     assert len(set(sources)) == len(sources)
     assert len(set(targets)) == len(targets)
-    assert concrete(table.inverse()) == (targets, sources)
-    assert concrete(table.inverse().inverse()) == (sources, targets)
-    primary = tuple(r for r in table.rules if not r.alternative)
-    assert table.inverse().inverse().rules == primary
+    assert concrete(table.aimed("hub")) == (targets, sources)
+    back = table.aimed("hub").aimed("mlx")
+    assert concrete(back) == (sources, targets)
+    assert back.targets() == table.targets()
 
 
 @each_family
 def test_every_source_of_a_family_is_found_at_its_own_place(family: str) -> None:
     table = sample_table(family)
-    for claim, r in enumerate(table.rules):
-        for key in r.applications():
-            for slot, (text, shape) in enumerate(zip(r.sources(key), r.source_shapes(), strict=True)):
-                match = table.lookup(text)
+    for claim, found in enumerate(table.routes):
+        for key in found.applications():
+            for slot, (text, shape) in enumerate(zip(found.sources(key), found.source_shapes(), strict=True)):
+                match = table.lookup(text, shape)
                 assert match is not None
                 assert match.claim == claim
                 assert table.slot(match) == (key, slot)
@@ -293,16 +373,17 @@ def test_every_target_of_a_family_is_known_as_a_source_too(family: str) -> None:
     # So that a checkpoint which was converted already, and has the config written then, is understood.
     _, table = table_of(MODEL_TYPES[family].rewritten(sample_config(family)))
     for target, (shape, param) in table.targets().items():
-        match = table.lookup(target)
+        # Where both layouts have one name, the shape tells which it is.
+        match = table.lookup(target, shape)
         assert match is not None, target
-        found = table.rule(match)
+        found = table.route(match)
         assert found is not None
         assert found.targets(table.slot(match)[0]) == [target]
         assert found.param == param
-        # Where both layouts have one name, the shape tells which it is.
-        assert table.shape(match) == shape or found.is_done(shape)
+        assert table.shape(match) == shape
+        assert "mlx" in found.layouts
 
 
 def test_params_go_along_on_the_way_back() -> None:
-    there = Rule((UP,), (STACKED,), ((2, 3),), Stack(), {"l": range(1), "e": range(2)}, Param(True))
-    assert there.inverse().param == Param(True)
+    there = Rule.of(UP, STACKED, (2, 3), Stack(), {"l": range(1), "e": range(2)}, Param(True))
+    assert route(there).inverse().param == Param(True)

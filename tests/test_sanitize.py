@@ -27,7 +27,7 @@ Sample = Callable[..., tuple[Weights, Config]]
 SPLIT = [
     family
     for family in MODEL_TYPES
-    if any(isinstance(rule.op, SplitKvB) for rule in table_of(sample_config(family))[1].rules)
+    if any(isinstance(route.op, SplitKvB) for route in table_of(sample_config(family))[1].routes)
 ]
 # mlx-lm's kimi_vl has the modules of its kimi_k25, but a sanitize that leaves kv_b_proj in one piece.
 SANITIZED_AS = {"kimi_vl": "kimi_k25"}

@@ -1,22 +1,35 @@
-"""Names of tensors: the numbers in them, their natural order, and many of them folded into one line."""
+"""Names of tensors: the numbers in them, templates, their natural order, and many folded into one line.
+
+A template is a name in which whole components are indices: `model.layers.{l}.mlp.experts.{e}.up_proj.weight`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 __all__ = [
     "NUMBER",
+    "Domain",
     "Fold",
+    "Template",
     "fold_files",
     "fold_indices",
     "fold_names",
     "folds",
     "natural",
+    "short",
+    "template",
 ]
+
+# The values that an index may take.
+Domain = range | frozenset[int]
+
+_FIELD = re.compile(r"\.\{(\w+)\}(?=\.|\Z)")
 
 # Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
 # Only whole dotted components count, so "q_conv1d" stays a word, and only numbers as they are written
@@ -32,6 +45,51 @@ _MIN_STEPS = 6
 
 # A file of a set, such as model-00002-of-00003.safetensors.
 _OF_A_SET = re.compile(r"(.*-)([0-9]{1,18})(-of-[0-9]{1,18}\.[a-z]+)", re.DOTALL)
+
+
+def short(tensor: str) -> str:
+    """Return a tensor's name as people say it: without the ".weight" that every module has."""
+    return tensor.removesuffix(".weight")
+
+
+class Template:
+    """A template taken apart: `words` between the indices, `indices` in order. Made by `template`."""
+
+    __slots__ = ("indices", "text", "words")
+
+    def __init__(self, text: str) -> None:
+        pieces = _FIELD.split(text)
+        self.text = text
+        self.words = tuple(pieces[::2])
+        self.indices = tuple(pieces[1::2])
+        if len(NUMBER.split(text)) > 1 or "{" in "".join(self.words):
+            raise ValueError(
+                f"{text}: indices are whole components in braces, and numbers are written as indices"
+            )
+
+    def __repr__(self) -> str:
+        return f"Template({self.text!r})"
+
+    def format(self, values: Mapping[str, int]) -> str:
+        """Return the concrete name for these index values."""
+        pieces = [self.words[0]]
+        for index, word in zip(self.indices, self.words[1:], strict=True):
+            pieces.append(f".{values[index]}{word}")
+        return "".join(pieces)
+
+    def fold(self, values: Mapping[str, int], where: Mapping[str, Domain]) -> str:
+        """Return the name with the given values filled in and the other indices as ranges."""
+        pieces = [self.words[0]]
+        for index, word in zip(self.indices, self.words[1:], strict=True):
+            number = str(values[index]) if index in values else fold_indices(where[index])
+            pieces.append(f".{number}{word}")
+        return "".join(pieces)
+
+
+@cache
+def template(text: str) -> Template:
+    """Return a template taken apart; ValueError if it is none."""
+    return Template(text)
 
 
 def natural(name: str) -> tuple[str | int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import Checkpoint, Skipped
 from mla_tools.files.place import shown
-from mla_tools.names import NUMBER, fold_files, fold_names, natural
+from mla_tools.names import NUMBER, fold_files, fold_names, natural, short
 from mla_tools.plan import Plan, Source, Step, Steps, Workload
-from mla_tools.rules import short
 
 __all__ = [
     "human_bytes",
@@ -261,7 +260,7 @@ def survey_json(checkpoint: Checkpoint, made: Steps) -> dict[str, Any]:
     for source in sources:
         nbytes = sum(checkpoint.tensors[name].spec.nbytes for name in source.parts.values())
         formats[source.codec.name].update(tensors=1, bytes=nbytes)
-    config = checkpoint.config
+    config = {**checkpoint.config, **made.family.given(checkpoint.config)}
     return {
         "path": str(checkpoint.place),
         "family": made.family.name,
@@ -269,6 +268,7 @@ def survey_json(checkpoint: Checkpoint, made: Steps) -> dict[str, Any]:
         "files": len(checkpoint.shards),
         "stored_tensors": len(checkpoint.tensors),
         "bytes": sum(stored.spec.nbytes for stored in checkpoint.tensors.values()),
+        "layouts": {", ".join(names): count for names, count in made.layouts.items()},
         "formats": {word: dict(counts) for word, counts in formats.items()},
         "dropped": len(made.drops),
         "notes": [*checkpoint.notes, *made.notes],
@@ -285,6 +285,8 @@ def survey_text(survey: dict[str, Any], error: CheckpointError | None) -> str:
         "geometry",
         *(f"  {key:<26} {value}" for key, value in survey["geometry"].items()),
     ]
+    if survey["layouts"]:
+        lines += ["", "layout", *(f"  {line}" for line in _layout_lines(survey["layouts"]))]
     if survey["formats"]:
         lines += ["", "formats"]
         for word, counts in survey["formats"].items():
@@ -296,3 +298,12 @@ def survey_text(survey: dict[str, Any], error: CheckpointError | None) -> str:
         lines += ["", "notes", *(f"  {line}" for line in survey["notes"])]
     lines += ["", str(error) if error else "no problems"]
     return "\n".join(lines)
+
+
+def _layout_lines(layouts: Mapping[str, int]) -> list[str]:
+    """Return the layout that a checkpoint is in, or which of its tensors are in which."""
+    named = {tuple(names.split(", ")): count for names, count in layouts.items()}
+    shared = [name for name in next(iter(named)) if all(name in names for names in named)]
+    if shared:
+        return [" and ".join(shared) + (", which are the same here" if len(shared) > 1 else "")]
+    return [f"{' or '.join(names):<26} {count:>9,} tensors" for names, count in named.items()]

@@ -13,7 +13,7 @@ from mla_tools.architectures import MODEL_TYPES, blocks, table_of
 from mla_tools.architectures.geometry import Geometry, Num, label
 from mla_tools.errors import CheckpointError
 from mla_tools.ops import SplitKvB, Stack
-from mla_tools.rules import Rule
+from mla_tools.rules import Route, Rule
 from mla_tools.samples import sample_config
 from mla_tools.verify.child import model_classes
 
@@ -33,11 +33,15 @@ WHERE = {"l": range(2)}
 PREFIX = "model.layers.{l}.self_attn"
 
 
+def routes(rules: list[Rule]) -> list[Route]:
+    return [route for rule in rules for route in rule.hub_routes()]
+
+
 def shapes(rules: list[Rule]) -> dict[str, tuple[int, ...]]:
     return {
         text.removeprefix(f"{PREFIX}."): tuple(map(int, shape))
-        for rule in rules
-        for text, shape in zip(rule.source, rule.shapes, strict=True)
+        for route in routes(rules)
+        for text, shape in zip(route.source, route.shapes, strict=True)
     }
 
 
@@ -201,17 +205,17 @@ def test_attention_biases() -> None:
 
 def test_the_split_of_kv_b_fits_mlx_lms_module() -> None:
     rules = blocks.mla_attention(Geometry(ATTENTION), WHERE)
-    (split,) = [rule for rule in rules if isinstance(rule.op, SplitKvB)]
+    (split,) = [rule for rule in routes(rules) if isinstance(rule.op, SplitKvB)]
     assert split.op == SplitKvB(4, 5)
     wanted = [MultiLinear(4, 7, 2).weight.shape, MultiLinear(7, 5, 2).weight.shape]
     assert [tuple(map(int, shape)) for shape in split.target_shapes()] == wanted
     whole = blocks.mla_attention(Geometry(ATTENTION), WHERE, split=False)
-    assert not [rule for rule in whole if isinstance(rule.op, SplitKvB)]
+    assert not [rule for rule in routes(whole) if isinstance(rule.op, SplitKvB)]
 
 
 def test_the_fused_shape_says_which_numbers_made_it() -> None:
     rules = blocks.mla_attention(Geometry(ATTENTION), WHERE)
-    (split,) = [rule for rule in rules if isinstance(rule.op, SplitKvB)]
+    (split,) = [rule for rule in routes(rules) if isinstance(rule.op, SplitKvB)]
     rows, rank = split.shapes[0]
     assert label(rows) == "num_attention_heads 2 x (qk_nope_head_dim 4 + v_head_dim 5)"
     assert label(rank) == "kv_lora_rank 7"
@@ -219,7 +223,9 @@ def test_the_fused_shape_says_which_numbers_made_it() -> None:
 
 def test_experts_are_stacked_under_mlx_lms_names() -> None:
     count = Num(3, "n_routed_experts 3")
-    rules = blocks.experts("m.{l}.experts", "m.{l}.switch_mlp", count, 10, 4, WHERE, ("w1", "w3", "w2"))
+    rules = routes(
+        blocks.experts("m.{l}.experts", "m.{l}.switch_mlp", count, 10, 4, WHERE, ("w1", "w3", "w2"))
+    )
     pairs = {(rule.source[0], rule.target[0]): rule.target_shapes()[0] for rule in rules}
     up, down = SwitchLinear(10, 4, 3).weight.shape, SwitchLinear(4, 10, 3).weight.shape
     assert pairs == {
@@ -232,7 +238,7 @@ def test_experts_are_stacked_under_mlx_lms_names() -> None:
 
 
 def test_linear_layers_take_their_bias_along() -> None:
-    weight, bias = blocks.linear("a", (3, 2), {}, "b", bias=True)
+    weight, bias = routes(blocks.linear("a", (3, 2), {}, "b", bias=True))
     assert (weight.source, weight.target, weight.shapes) == (("a.weight",), ("b.weight",), ((3, 2),))
     assert (bias.source, bias.target, bias.shapes) == (("a.bias",), ("b.bias",), ((3,),))
     assert weight.param.quantizable
@@ -248,7 +254,7 @@ def test_mtp_layers_are_everything_beyond_the_last_layer(layer: int) -> None:
     for inside in own + attention + experts:
         match = table.lookup(f"model.layers.{layer}.{inside}.weight")
         assert match is not None, inside
-        assert table.rule(match) is None
+        assert table.route(match) is None
         assert "4 layers" in table.drop(match).reason
         assert table.drop(match).marker == "model.layers.{l}.eh_proj.weight"
     assert table.lookup("model.layers.3.eh_proj.weight") is None
@@ -284,11 +290,12 @@ def test_the_decay_of_kimi_k3_is_padded_to_the_length_of_a_head() -> None:
     assert match is not None
     assert table.shape(match) == (64,)
     assert table.targets()[name][0] == (4,)
-    rule = table.rule(match)
-    assert rule is not None
     # A converted checkpoint has the 4 alone, under the same name.
-    assert rule.is_done((4,))
-    assert not rule.is_done((64,))
+    there = table.lookup(name, (4,))
+    assert there is not None
+    route = table.route(there)
+    assert route is not None
+    assert (route.layouts, route.shapes) == (("mlx",), ((4,),))
 
 
 V41_DROPS = {
@@ -310,7 +317,7 @@ def test_what_mlx_lm_cannot_run_of_deepseek_v41_is_dropped_by_name(name: str) ->
     _, table = table_of(sample_config("deepseek_v41"))
     match = table.lookup(name)
     assert match is not None
-    assert table.rule(match) is None
+    assert table.route(match) is None
     assert V41_DROPS[name] in table.drop(match).reason
 
 

@@ -60,7 +60,7 @@ def test_the_targets_are_the_parameters_of_the_class(config: dict[str, Any]) -> 
 def test_every_spelling_makes_the_shape_of_its_target(config: dict[str, Any]) -> None:
     _, table = table_of(config)
     known = table.targets()
-    for rule in table.rules:
+    for rule in table.routes:
         shapes = rule.target_shapes()
         for key in rule.applications():
             for target, shape in zip(rule.targets(key), shapes, strict=True):

@@ -28,7 +28,7 @@ from mla_tools.architectures import (
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import CheckpointError, Problem, clipped
-from mla_tools.rules import Table
+from mla_tools.table import Table
 
 __all__ = ["DRAFTERS", "MODEL_TYPES", "Family", "family_of", "table_of"]
 
@@ -116,7 +116,8 @@ def table_of(config: Mapping[str, Any], family: Family | None = None) -> tuple[F
     rules, drops = family.build(geometry)
     if geometry.problems:
         raise CheckpointError(list(dict.fromkeys(geometry.problems)))
-    wanted = sum(len(rule.source) * prod(map(len, rule.where.values())) for rule in rules)
+    routes = [route for rule in rules for route in rule.routes()]
+    wanted = sum(len(route.source) * prod(map(len, route.where.values())) for route in routes)
     if wanted > _MOST_TENSORS:
         needed, found = f"a model of at most {_MOST_TENSORS:,} tensors", f"{wanted:,}"
         cause = "The numbers of layers and experts multiply to this: are they right?"

@@ -8,7 +8,6 @@ from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.architectures.rope import Config, flat_rope
 from mla_tools.errors import Problem
-from mla_tools.ops import SwapLastAxes
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY"]
@@ -34,8 +33,6 @@ def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
     hidden, heads = g.dim("hidden_size"), g.count("num_attention_heads")
     decay = blocks.param(f"{_ATTENTION}.A_log", (heads,), where)
     rules = delta_attention(_ATTENTION, hidden, heads, g, where, decay, conv="conv1d", full="fg", cast=True)
-    # The convolutions first: samples are drawn in this order.
-    rules.sort(key=lambda rule: not isinstance(rule.op, SwapLastAxes))
     return blocks.left_dense(rules, ".b_proj")
 
 

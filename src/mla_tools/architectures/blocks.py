@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mla_tools.architectures.geometry import OPEN, Geometry, label
+from mla_tools.names import Domain, template
 from mla_tools.ops import SplitKvB, SplitRows, Stack
 from mla_tools.quantization import QuantSpec
-from mla_tools.rules import Domain, Drop, Param, Rule
-from mla_tools.rules import name as template
+from mla_tools.rules import HUB, Drop, Form, Param, Rule
 
 __all__ = [
     "decoder_norms",
@@ -50,7 +50,7 @@ def linear(
     if not bias:
         return [weight]
     # The bias is as long as the first axis of the weight.
-    moved = Rule((f"{name}.bias",), (f"{target or name}.bias",), (shape[:1],), where=where)
+    moved = Rule.of(f"{name}.bias", f"{target or name}.bias", shape[:1], where=where)
     return [weight, moved]
 
 
@@ -61,11 +61,11 @@ def norm(name: str, size: int, where: Where) -> Rule:
 
 def param(name: str, shape: Shape, where: Where, target: str | None = None, *, cast: bool = True) -> Rule:
     """Return the rule of a bare parameter, which has no ".weight" in its name."""
-    return Rule((name,), (target or name,), (shape,), where=where, param=Param(cast=cast))
+    return Rule.of(name, target or name, shape, where=where, param=Param(cast=cast))
 
 
 def _rule(name: str, shape: Shape, where: Where, target: str | None, what: Param) -> Rule:
-    return Rule((f"{name}.weight",), (f"{target or name}.weight",), (shape,), where=where, param=what)
+    return Rule.of(f"{name}.weight", f"{target or name}.weight", shape, where=where, param=what)
 
 
 def left_dense(rules: Iterable[Rule], *endings: str, raw: bool = False) -> list[Rule]:
@@ -96,7 +96,7 @@ def tied_embeddings(g: Geometry, words: str = "model.embed_tokens") -> tuple[lis
         return rules, []
     shape = (g.dim("vocab_size"), g.dim("hidden_size"))
     drop = Drop("lm_head.weight", "tied to the embedding (tie_word_embeddings)", {}, shape, usual=False)
-    return [rule for rule in rules if rule.source != ("lm_head.weight",)], [drop]
+    return [rule for rule in rules if rule.target != ("lm_head.weight",)], [drop]
 
 
 def decoder_norms(g: Geometry, where: Where, suffix: str = "") -> list[Rule]:
@@ -140,10 +140,10 @@ def mla_attention(
     fused = (heads * (nope + value), rank)
     if split:
         rules.append(
-            Rule(
-                (f"{prefix}.kv_b_proj.weight",),
+            Rule.of(
+                f"{prefix}.kv_b_proj.weight",
                 (f"{prefix}.embed_q.weight", f"{prefix}.unembed_out.weight"),
-                (fused,),
+                fused,
                 SplitKvB(nope, value),
                 where,
                 Param(quantizable=True),
@@ -179,10 +179,10 @@ def experts(
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     because = f"{label(count).replace(' ', ' = ', 1)} in config.json"
     return [
-        Rule(
-            (f"{prefix}.{{e}}.{name}.weight",),
-            (f"{target}.{theirs}.weight",),
-            (shape,),
+        Rule.of(
+            f"{prefix}.{{e}}.{name}.weight",
+            f"{target}.{theirs}.weight",
+            shape,
             Stack(),
             where,
             EXPERT,
@@ -198,17 +198,22 @@ def fused_experts(prefix: str, target: str, count: int, hidden: int, inner: int,
     As transformers 5 holds them: gate before up, and no ".weight" in the names. Checkpoints that have
     been quantized elsewhere store them one by one, which is understood as well.
     """
-    halves = (f"{target}.gate_proj.weight", f"{target}.up_proj.weight")
+    gate, up, down = experts(prefix, target, count, hidden, inner, where)
+    single = [rule.forms[0] for rule in (gate, up)]
+    pair = Form(
+        "unfused",
+        tuple(form.source[0] for form in single),
+        tuple(form.shapes[0] for form in single),
+        Stack(),
+        single[0].where,
+        each=True,
+        because=single[0].because,
+    )
+    fused = Form(HUB, (f"{prefix}.gate_up_proj",), ((count, inner * 2, hidden),), SplitRows())
+    whole = Rule.of(f"{prefix}.down_proj", down.target, (count, hidden, inner), where=where, param=EXPERT)
     return [
-        Rule((f"{prefix}.gate_up_proj",), halves, ((count, inner * 2, hidden),), SplitRows(), where, EXPERT),
-        Rule(
-            (f"{prefix}.down_proj",),
-            (f"{target}.down_proj.weight",),
-            ((count, hidden, inner),),
-            where=where,
-            param=EXPERT,
-        ),
-        *(replace(rule, alternative=True) for rule in experts(prefix, target, count, hidden, inner, where)),
+        Rule((*gate.target, *up.target), (fused, pair), where, EXPERT),
+        whole.also(replace(down.forms[0], layout="unfused")),
     ]
 
 
@@ -244,8 +249,10 @@ def mtp_layers(
         **dict.fromkeys(tables, (vocab, hidden)),
     }
     shapes: dict[str, Shape] = {f"{prefix}.{name}.weight": shape for name, shape in own.items()}
-    shapes |= {text: shape for rule in layer for text, shape in zip(rule.source, rule.shapes, strict=True)}
-    indices = {name: domain for rule in layer for name, domain in rule.where.items()}
+    routes = [route for rule in layer for route in rule.hub_routes()]
+    for route in routes:
+        shapes |= zip(route.source, route.shapes, strict=True)
+    indices = {name: domain for route in routes for name, domain in route.where.items()}
     return [
         Drop(
             text,

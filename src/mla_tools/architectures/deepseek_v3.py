@@ -8,7 +8,8 @@ from functools import partial
 from mla_tools.architectures import blocks
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.rules import Domain, Drop, Rule
+from mla_tools.names import Domain
+from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY", "decoder"]
 

@@ -35,7 +35,7 @@ def attention(g: Geometry, where: blocks.Where) -> list[Rule]:
     for part in attention_parts(g):
         source, target = f"{_THEIRS}.attn.{part.theirs}", f"{_OURS}.self_attn.{part.hub}"
         param = Param(quantizable=part.matrix, cast=source.endswith(".weight"))
-        rules.append(Rule((source,), (target,), (part.shape,), part.op, where, param))
+        rules.append(Rule.of(source, target, part.shape, part.op, where, param))
     return rules
 
 
@@ -138,7 +138,7 @@ def left_out(g: Geometry, layers: range) -> list[Drop]:
     weights["mtp.{l}.ffn.gate.bias_vl"] = mtp
     anywhere: blocks.Where = {"l": range(OPEN)}
     for rule in (*attention(g, anywhere), *mixture(g, anywhere), *connections(g, anywhere)):
-        weights |= {f"mtp.{text.removeprefix('layers.')}": mtp for text in rule.source}
+        weights |= {f"mtp.{text.removeprefix('layers.')}": mtp for text in rule.forms[0].source}
     drops = [
         Drop(text, why, {i: range(OPEN) for i in "le" if f"{{{i}}}" in text}, usual=False)
         for text, why in weights.items()

@@ -74,9 +74,9 @@ def _mtp(g: Geometry, layer: int) -> tuple[list[Rule], list[Drop]]:
     top = Place("mtp.{l}", "")
     rules = _block(g, Place("mtp.{l}", "decoder"), where) + collapse(g, top, where)
     for name in ("enorm", "hnorm"):
-        rules += top.linear((name,), name, (hidden,), where, _KEPT)
+        rules.append(top.linear((name,), name, (hidden,), where, _KEPT))
     for name in ("e_proj", "h_proj"):
-        rules += top.linear((name,), name, (hidden, hidden), where, _LINEAR)
+        rules.append(top.linear((name,), name, (hidden, hidden), where, _LINEAR))
     return rules, []
 
 
@@ -86,10 +86,10 @@ def _dspark(g: Geometry, wide: int, rank: int, count: int) -> tuple[list[Rule], 
     first: blocks.Where = {"l": range(1)}
     last: blocks.Where = {"l": range(count - 1, count)}
     rules = _block(g, stage, {"l": range(count)}) + collapse(g, stage, last)
-    rules += stage.linear(("main_proj",), "main_proj", (hidden, wide), first)
-    rules += stage.linear(("main_norm",), "main_norm", (hidden,), first, _KEPT)
+    rules.append(stage.linear(("main_proj",), "main_proj", (hidden, wide), first))
+    rules.append(stage.linear(("main_norm",), "main_norm", (hidden,), first, _KEPT))
     for name in ("markov_head.markov_w1", "markov_head.markov_w2"):
-        rules += top.linear((name,), name, (vocab, rank), last)
+        rules.append(top.linear((name,), name, (vocab, rank), last))
     reason = "confidence of a draft, which mlx-vlm's drafter does not ask for"
     return rules, [Drop("mtp.{l}.confidence_head.proj.weight", reason, last)]
 

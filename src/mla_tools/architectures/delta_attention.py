@@ -5,7 +5,7 @@ from __future__ import annotations
 from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.ops import ConcatRows, Op, Same, SwapLastAxes
-from mla_tools.rules import Param, Rule
+from mla_tools.rules import HUB, Form, Param, Rule
 
 __all__ = ["delta_attention"]
 
@@ -39,10 +39,15 @@ def delta_attention(
             op: Op = SwapLastAxes() if swap else Same()
             rules.append(
                 Rule(
-                    tuple(f"{prefix}.{name}_{theirs}.weight" for name in names),
                     (f"{prefix}.{names}_{ours}.weight",),
-                    (shape,) * len(names),
-                    ConcatRows((inner,) * 3, swap=swap) if joined else op,
+                    (
+                        Form(
+                            HUB,
+                            tuple(f"{prefix}.{name}_{theirs}.weight" for name in names),
+                            (shape,) * len(names),
+                            ConcatRows((inner,) * 3, swap=swap) if joined else op,
+                        ),
+                    ),
                     where,
                     Param(quantizable=not swap),
                 )

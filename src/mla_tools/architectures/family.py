@@ -9,7 +9,7 @@ from typing import Any
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.architectures.rope import Config, flat_rope
 from mla_tools.errors import Problem
-from mla_tools.rules import Drop, Rule
+from mla_tools.rules import Drop, Form, Rule
 
 __all__ = ["NOT_FOR_MLX_VLM", "Family", "refusal", "wrapped"]
 
@@ -124,31 +124,24 @@ def wrapped(
     flat: bool = False,
     dropped: Mapping[str, str],
     architectures: tuple[str, ...] = (),
-    spellings: tuple[tuple[str, str], ...] = (),
+    layouts: Mapping[str, tuple[str, str]] | None = None,
     images: str = FOR_MLX_VLM,
 ) -> Family:
     """Return the family of a multimodal config whose text_config is one of `inner`.
 
     The tensors are those of `inner` with "language_model." before their names. `dropped` are the other
-    modules of the checkpoint, with the reason. `spellings` are further ways in which checkpoints write
-    "language_model.model." before what is in the decoder, and "language_model." before the rest.
+    modules of the checkpoint, with the reason. `layouts` are others than the hub's, with what they write
+    for "language_model.model." before what is in the decoder, and for "language_model." before the rest.
     """
     prefix = "language_model"
 
     def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
-        inside_rules, inside_drops = inner.build(g)
-        rules, drops = under(prefix, inside_rules, inside_drops)
-        for model, rest in spellings:
-            rules += [
-                replace(
-                    rule,
-                    source=tuple(
-                        model + text.removeprefix("model.") if text.startswith("model.") else rest + text
-                        for text in plain.source
-                    ),
-                    alternative=True,
-                )
-                for plain, rule in zip(inside_rules, rules, strict=False)
+        inside, inside_drops = inner.build(g)
+        rules, drops = under(prefix, inside, inside_drops)
+        for layout, (model, rest) in (layouts or {}).items():
+            rules = [
+                rule.also(*(_elsewhere(form, layout, model, rest) for form in plain.forms))
+                for plain, rule in zip(inside, rules, strict=True)
             ]
             # The other modules stand beside "language_model", wherever that stands.
             drops += left_out(dropped, model.removesuffix(f"{prefix}."), usual=False)
@@ -165,6 +158,15 @@ def wrapped(
         flat=flat,
         images=images,
     )
+
+
+def _elsewhere(form: Form, layout: str, model: str, rest: str) -> Form:
+    """Return the form of a layout that writes something else before names, in the decoder and outside."""
+    source = tuple(
+        model + text.removeprefix("model.") if text.startswith("model.") else rest + text
+        for text in form.source
+    )
+    return replace(form, layout=layout, source=source)
 
 
 def left_out(modules: Mapping[str, str], place: str = "", *, usual: bool = True) -> list[Drop]:
@@ -184,7 +186,14 @@ def under(prefix: str, rules: Iterable[Rule], drops: Iterable[Drop]) -> tuple[li
     def inside(texts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"{prefix}.{text}" for text in texts)
 
-    moved = [replace(rule, source=inside(rule.source), target=inside(rule.target)) for rule in rules]
+    moved = [
+        replace(
+            rule,
+            target=inside(rule.target),
+            forms=tuple(replace(form, source=inside(form.source)) for form in rule.forms),
+        )
+        for rule in rules
+    ]
     dropped = [
         replace(drop, source=f"{prefix}.{drop.source}", marker=drop.marker and f"{prefix}.{drop.marker}")
         for drop in drops

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.errors import Problem
-from mla_tools.rules import Domain
+from mla_tools.names import Domain
 
 __all__ = ["OPEN", "Geometry", "Num", "label"]
 

@@ -6,8 +6,9 @@ from mla_tools.architectures import blocks, kimi_k25, kimi_linear
 from mla_tools.architectures.delta_attention import delta_attention
 from mla_tools.architectures.family import Family, wrapped
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.names import Domain
 from mla_tools.ops import DropPadding, Op, Same
-from mla_tools.rules import Domain, Drop, Param, Rule
+from mla_tools.rules import Drop, Param, Rule
 
 __all__ = ["FAMILY"]
 
@@ -22,7 +23,7 @@ def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
     padded = max(heads, sizes.dim("head_dim"))
     trim: Op = DropPadding(heads, padded) if padded > heads else Same()
     log = f"{_ATTENTION}.A_log"
-    decay = Rule((log,), (log,), ((padded,),), trim, where, Param(cast=False))
+    decay = Rule.of(log, log, (padded,), trim, where, Param(cast=False))
     return delta_attention(
         _ATTENTION, hidden, heads, sizes, where, decay, conv="conv.conv", joined=True, full=full
     )

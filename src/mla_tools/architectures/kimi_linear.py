@@ -9,8 +9,8 @@ from mla_tools.architectures.delta_attention import delta_attention
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.errors import Problem
-from mla_tools.names import fold_indices
-from mla_tools.rules import Domain, Drop, Param, Rule
+from mla_tools.names import Domain, fold_indices
+from mla_tools.rules import Drop, Param, Rule
 
 __all__ = ["FAMILY", "experts", "kda_layers", "shared_experts"]
 

@@ -80,7 +80,8 @@ def _mtp(g: Geometry) -> list[Drop]:
         *blocks.linear("model.mtp.embed_tokens", (vocab, hidden), {}),
     ]
     reason = "multi-token prediction, not part of the model's layers (model.mtp)"
-    return [Drop(rule.source[0], reason, rule.where, rule.shapes[0]) for rule in [*inside, *outside]]
+    routes = [route for rule in (*inside, *outside) for route in rule.hub_routes()]
+    return [Drop(route.source[0], reason, route.where, route.shapes[0]) for route in routes]
 
 
 _DEFAULTS = {"attention_bias": False, "attention_method": "MLA", "zero_expert_type": "identity"}

@@ -25,9 +25,9 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     if tied:
         words = "model.embed_tokens.weight"
         shape = (g.dim("vocab_size"), g.dim("hidden_size"))
-        rules = [rule for rule in rules if rule.source != (words,)]
+        rules = [rule for rule in rules if rule.forms[0].source != (words,)]
         both = (words, "lm_head.weight")
-        rules.append(Rule((words,), both, (shape,), Copies(), param=Param(quantizable=True)))
+        rules.append(Rule.of(words, both, shape, Copies(), param=Param(quantizable=True)))
     return rules + youtu_llm.dense_decoder(g, _value(g)), tied + blocks.rotary_buffers(g, usual=False)
 
 

@@ -66,7 +66,7 @@ MULTIMODAL = wrapped(
     "mistral3",
     inside=("mistral4",),
     # Under the names of the files on the hub, and under those of transformers 5 in memory.
-    spellings=(("model.language_model.", ""),),
+    layouts={"transformers": ("model.language_model.", "")},
     images=NOT_FOR_MLX_VLM,
     dropped={
         "vision_tower": "image encoder, not part of the language model",

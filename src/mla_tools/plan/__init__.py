@@ -30,6 +30,7 @@ from mla_tools.plan.notes import EmbedQCost, notes
 from mla_tools.plan.plan import Plan
 from mla_tools.plan.steps import Drop, Exactness, Source, Step, Target
 from mla_tools.spec import Spec
+from mla_tools.table import Table
 
 __all__ = [
     "MAX_MEMORY",
@@ -57,13 +58,15 @@ __all__ = [
 class Steps:
     """What becomes of each tensor, with everything that was found wrong or worth saying on the way.
 
-    `tensors` are all that were claimed, also those with which something is wrong.
+    `tensors` are all that were claimed, also those with which something is wrong. `layouts` counts those
+    whose names are known by the layouts that hold them so; several are alike there.
     """
 
     family: Family
     tensors: tuple[Source, ...]
     encoded: Encoded
     drops: tuple[Drop, ...]
+    layouts: Mapping[tuple[str, ...], int]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
@@ -168,6 +171,8 @@ def make_steps(
     """
     with no_collector():
         family, table = table_of(config, family)
+        if options.layout != table.layout:
+            table = _aimed(table, options.layout, family)
         claimed = claim(stored, _section(family, config), table)
         matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost or {})
         gathered = gather(matched, table, lost or {}, blind=blind)
@@ -179,9 +184,17 @@ def make_steps(
             tuple(source for source, _ in claimed.tensors),
             encoded,
             tuple(matched.drops),
+            matched.layouts,
             (*family.refusals(config), *(problem for stage in stages for problem in stage.problems)),
             tuple(notes(encoded, family, config, options, matched.dropped_layers)),
         )
+
+
+def _aimed(table: Table, layout: str, family: Family) -> Table:
+    try:
+        return table.aimed(layout)
+    except ValueError as error:
+        raise UsageError(f"{family.name}: {error}") from error
 
 
 def _section(family: Family, config: Mapping[str, Any]) -> Mapping[str, object]:

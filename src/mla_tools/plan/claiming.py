@@ -10,8 +10,8 @@ from typing import Any
 from mla_tools.codecs import Bundle, Codec, Dense, Module, bare, bundle, part_name
 from mla_tools.errors import Problem
 from mla_tools.plan.steps import Drop, Source
-from mla_tools.rules import Match, Table
 from mla_tools.spec import Spec
+from mla_tools.table import Match, Table
 
 __all__ = ["Claimed", "claim"]
 
@@ -48,7 +48,7 @@ def claim(stored: Mapping[str, Spec], section: Mapping[str, object], table: Tabl
             continue
         for leaf, reason in answer.unread.items():
             unread = table.lookup(prefix + leaf)
-            if unread is not None and table.rule(unread) is None:
+            if unread is not None and table.route(unread) is None:
                 # Whatever it is, it is left out.
                 made.tensors.append((_plain(prefix + leaf, leaves[leaf]), unread))
                 continue

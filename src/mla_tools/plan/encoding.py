@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from mla_tools.codecs import Codec, Dense, Native, TargetCodec, part_name, repacking, stored_as
 from mla_tools.errors import Problem
+from mla_tools.names import short
 from mla_tools.ops import Same
 from mla_tools.options import EMBED_Q, Options
 from mla_tools.plan.gathering import Group
 from mla_tools.plan.matching import Kept
 from mla_tools.plan.steps import Exactness, Source, Step, Target
 from mla_tools.quantization import QuantSpec, recipe_spec
-from mla_tools.rules import Param, short
+from mla_tools.rules import Param
 from mla_tools.spec import DType, Spec
 
 __all__ = ["Encoded", "encode", "is_exempt"]
@@ -76,15 +77,14 @@ def _copied(kept: Kept, made: Encoded) -> Step:
 
 
 def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
-    rule, sources = group.rule, group.sources
-    op = Same() if rule.is_done(sources[0].spec.shape) else rule.op
+    route, sources, op = group.route, group.sources, group.route.op
     specs = op.infer([source.spec for source in sources])
     codecs = {source.codec for source in sources}
     targets = []
-    for output, (name, spec) in enumerate(zip(rule.targets(group.key), specs, strict=True)):
-        made.params[name] = rule.param
+    for output, (name, spec) in enumerate(zip(route.targets(group.key), specs, strict=True)):
+        made.params[name] = route.param
         keeps = op.keeps_last_axis(output)
-        codec, dtype = _choose(name, spec, rule.param, keeps, codecs, options, layers, made)
+        codec, dtype = _choose(name, spec, route.param, keeps, codecs, options, layers, made)
         moved = keeps and all(one.quantized and repacking(one, codec) is not None for one in codecs)
         parts = {part: part_name(name, part) for part in codec.encoded(spec)}
         exactness = _exactness(sources, codec, dtype, moved)

@@ -1,4 +1,4 @@
-"""Gather: whether each application of a rule has all its sources, and each target exactly one origin."""
+"""Gather: whether each application of a route has all its sources, and each target exactly one origin."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from mla_tools.errors import Problem
-from mla_tools.names import NUMBER
+from mla_tools.names import NUMBER, short, template
 from mla_tools.plan.matching import Matched, shape_text
 from mla_tools.plan.steps import Source
-from mla_tools.rules import Rule, Table, short
-from mla_tools.rules import name as template
+from mla_tools.rules import Route
+from mla_tools.table import Table
 
 __all__ = ["Gathered", "Group", "gather"]
 
@@ -21,9 +21,9 @@ _TOLD = 8
 
 @dataclass(frozen=True)
 class Group:
-    """An application of a rule with all its sources, in their order."""
+    """An application of a route with all its sources, in their order."""
 
-    rule: Rule
+    route: Route
     key: tuple[int, ...]
     sources: tuple[Source, ...]
 
@@ -37,36 +37,36 @@ class Gathered:
 
 
 def gather(matched: Matched, table: Table, lost: Mapping[str, str], *, blind: bool) -> Gathered:
-    """Return the applications of rules with their sources.
+    """Return the applications of routes with their sources.
 
     `lost` says why tensors cannot be read. With `blind`, missing tensors are no news.
     """
     made = Gathered()
-    makers: dict[str, Rule] = {}
+    makers: dict[str, Route] = {}
     for (claim, key), found in matched.inputs.items():
-        rule = table.rules[claim]
-        for name in rule.targets(key):
+        route = table.routes[claim]
+        for name in route.targets(key):
             if name in makers:
-                made.problems.append(_duplicate(name, rule, makers[name], key))
-            makers[name] = rule
-        count = rule.source_count
+                made.problems.append(_duplicate(name, route, makers[name], key))
+            makers[name] = route
+        count = route.source_count
         if len(found) < count:
             if not blind:
-                made.problems.append(_incomplete(rule, key, found, lost))
+                made.problems.append(_incomplete(route, key, found, lost))
         elif (claim, key) not in matched.unfit:
-            made.groups.append(Group(rule, key, tuple([found[slot] for slot in range(count)])))
+            made.groups.append(Group(route, key, tuple([found[slot] for slot in range(count)])))
     if not blind:
         causes = _causes(table, lost)
-        for rule in table.rules:
-            for key in () if rule.alternative else rule.applications():
-                if not all(name in makers for name in rule.targets(key)):
-                    made.problems.append(_missing(rule, key, makers, causes))
+        for route in table.routes:
+            for key in route.applications() if route.first else ():
+                if not all(name in makers for name in route.targets(key)):
+                    made.problems.append(_missing(route, key, makers, causes))
     return made
 
 
-def _duplicate(name: str, rule: Rule, other: Rule, key: tuple[int, ...]) -> Problem:
-    known = dict(zip(rule.shared, key, strict=True))
-    origins = sorted(short(template(r.source[0]).fold(known, r.where)) for r in (other, rule))
+def _duplicate(name: str, route: Route, other: Route, key: tuple[int, ...]) -> Problem:
+    known = dict(zip(route.shared, key, strict=True))
+    origins = sorted(short(template(r.source[0]).fold(known, r.where)) for r in (other, route))
     return Problem(
         short(name),
         "duplicate",
@@ -77,22 +77,22 @@ def _duplicate(name: str, rule: Rule, other: Rule, key: tuple[int, ...]) -> Prob
 
 
 def _incomplete(
-    rule: Rule, key: tuple[int, ...], found: Mapping[int, Source], lost: Mapping[str, str]
+    route: Route, key: tuple[int, ...], found: Mapping[int, Source], lost: Mapping[str, str]
 ) -> Problem:
-    names = rule.sources(key)
+    names = route.sources(key)
     missing = [name for slot, name in enumerate(names) if slot not in found]
-    known = dict(zip(rule.shared, key, strict=True))
-    needed = short(template(rule.source[0]).fold(known, rule.where))
-    word = "expert" if rule.gathered[-1:] == ("e",) else "part"
+    known = dict(zip(route.shared, key, strict=True))
+    needed = short(template(route.source[0]).fold(known, route.where))
+    word = "expert" if route.gathered[-1:] == ("e",) else "part"
     numbers = [NUMBER.split(name)[-2] for name in missing]
     few = ", ".join(numbers[:_TOLD])
     few += f" and {len(numbers) - _TOLD} more" if len(numbers) > _TOLD else ""
     what = f"{word} {few} is missing" if len(missing) == 1 else f"{word}s {few} are missing"
     causes = sorted({lost[name] for name in missing if name in lost})
     return Problem(
-        short(rule.targets(key)[0]),
+        short(route.targets(key)[0]),
         what,
-        needed + (f"  ({rule.because})" if rule.because else ""),
+        needed + (f"  ({route.because})" if route.because else ""),
         f"{len(found)} of {len(names)}",
         "\n  ".join(causes),
     )
@@ -103,26 +103,26 @@ def _causes(table: Table, lost: Mapping[str, str]) -> dict[tuple[str, ...], set[
     causes: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for name, reason in lost.items():
         match = table.lookup(name)
-        rule = table.rule(match) if match else None
-        if match is not None and rule is not None:
-            causes[tuple(rule.targets(table.slot(match)[0]))].add(reason)
+        route = table.route(match) if match else None
+        if match is not None and route is not None:
+            causes[tuple(route.targets(table.slot(match)[0]))].add(reason)
     return causes
 
 
 def _missing(
-    rule: Rule,
+    route: Route,
     key: tuple[int, ...],
-    makers: Mapping[str, Rule],
+    makers: Mapping[str, Route],
     causes: Mapping[tuple[str, ...], Collection[str]],
 ) -> Problem:
-    absent = [short(name) for name in rule.targets(key) if name not in makers]
-    known = dict(zip(rule.shared, key, strict=True))
-    name = short(template(rule.source[0]).fold(known, rule.where))
+    absent = [short(name) for name in route.targets(key) if name not in makers]
+    known = dict(zip(route.shared, key, strict=True))
+    name = short(template(route.source[0]).fold(known, route.where))
     purpose = "" if absent == [name] else f", for {' and '.join(absent)}"
     return Problem(
         name,
         "missing",
-        needed=shape_text(rule.shapes[0]) + purpose,
+        needed=shape_text(route.shapes[0]) + purpose,
         found="no such tensor",
-        cause="\n  ".join(sorted(causes.get(tuple(rule.targets(key)), ()))),
+        cause="\n  ".join(sorted(causes.get(tuple(route.targets(key)), ()))),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -10,14 +10,14 @@ from mla_tools.architectures import Family
 from mla_tools.architectures.geometry import label
 from mla_tools.codecs import SCALES
 from mla_tools.errors import Problem
+from mla_tools.names import short, template
 from mla_tools.plan.claiming import Claimed
 from mla_tools.plan.steps import Drop, Source
-from mla_tools.rules import Match, Table, short
-from mla_tools.rules import name as template
+from mla_tools.table import Match, Table
 
 __all__ = ["Application", "Kept", "Matched", "match", "shape_text"]
 
-# A rule by its number, and the values of the indices that its sources and targets share.
+# A route by its number, and the values of the indices that its sources and targets share.
 Application = tuple[int, tuple[int, ...]]
 
 
@@ -39,6 +39,8 @@ class Matched:
     drops: list[Drop] = field(default_factory=list)
     # The numbers of the layers that were dropped because a marker shows what they are.
     dropped_layers: set[int] = field(default_factory=set)
+    # How many tensors are in which layouts; a tensor that is alike in several counts for them together.
+    layouts: Counter[tuple[str, ...]] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -48,12 +50,16 @@ def match(
     """Return what each tensor is for; `lost` names tensors that are there and cannot be read."""
     made = Matched(drops=list(claimed.drops))
     dropped: list[tuple[Source, Match]] = []
-    for source, found in claimed.tensors:
+    for source, named in claimed.tensors:
+        found = named
+        if named is not None and table.shape(named) not in (None, source.spec.shape):
+            # One name can stand for a tensor in two shapes.
+            found = table.lookup(source.name, source.spec.shape)
         if found is None:
             made.problems.append(_unknown(source, family))
             continue
-        rule = table.rule(found)
-        if rule is None:
+        route = table.route(found)
+        if route is None:
             drop = table.drop(found)
             shape = drop.shape
             if keep_vision and drop.image is not None:
@@ -62,16 +68,13 @@ def match(
                 made.drops.append(Drop(source, drop.reason))
                 dropped.append((source, found))
         else:
-            shape = rule.shapes[found.position]
+            shape = route.shapes[found.position]
             key, slot = table.slot(found)
             made.inputs[found.claim, key][slot] = source
-        if (
-            shape is not None
-            and source.spec.shape != shape
-            and not (rule and rule.is_done(source.spec.shape))
-        ):
+            made.layouts[route.layouts] += 1
+        if shape is not None and source.spec.shape != shape:
             made.problems.append(_misshapen(source, shape))
-            if rule is not None:
+            if route is not None:
                 made.unfit.add((found.claim, key))
     _check_markers(dropped, table, made, lost)
     return made

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from mla_tools.codecs import Codec, TargetCodec
+from mla_tools.names import short
 from mla_tools.ops import Op, Slab
-from mla_tools.rules import short
 from mla_tools.spec import Spec
 
 __all__ = ["Drop", "Exactness", "Source", "Step", "Target"]

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.architectures.geometry import OPEN
 from mla_tools.codecs import FORMATS
 from mla_tools.errors import MlaToolsError, UsageError
+from mla_tools.names import template
 from mla_tools.ops import Indices
-from mla_tools.rules import Drop, Param, Table, name
+from mla_tools.rules import Drop, Param
 from mla_tools.samples.checkpoint import write_checkpoint
+from mla_tools.table import Table
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -66,37 +69,42 @@ def _tensors(table: Table, config: Mapping[str, Any], seed: int) -> dict[str, mx
     import mlx.core as mx
     import numpy as np
 
-    rng = np.random.default_rng(seed)
+    def values(tensor: str, shape: tuple[int, ...], param: Param) -> mx.array:
+        return mx.array(_values(np.random.default_rng([seed, crc32(tensor.encode())]), tensor, shape, param))
+
     known = table.targets()
     tensors: dict[str, mx.array] = {}
-    for rule in table.inverse().rules:
-        for key in rule.applications():
-            arrays = [mx.array(_values(rng, source, *known[source])) for source in rule.sources(key)]
-            if isinstance(rule.op, Indices):
-                arrays = [mx.array(rng.integers(rule.op.below, size=array.shape)) for array in arrays]
-            tensors |= zip(rule.targets(key), rule.op.apply(arrays), strict=True)
+    for route in (route.inverse() for route in table.routes if route.first):
+        for key in route.applications():
+            if isinstance(route.op, Indices):
+                (name,) = route.sources(key)
+                rng = np.random.default_rng([seed, crc32(name.encode())])
+                arrays = [mx.array(rng.integers(route.op.below, size=known[name][0]))]
+            else:
+                arrays = [values(name, *known[name]) for name in route.sources(key)]
+            tensors |= zip(route.targets(key), route.op.apply(arrays), strict=True)
     for drop in table.drops:
         for tensor in drop.inside if drop.usual else ():
             # What a dropped module is made of is nobody's business here: the names are enough.
-            tensors[f"{drop.source}.{tensor}"] = mx.array(_values(rng, tensor, (64,), Param()))
+            tensors[f"{drop.source}.{tensor}"] = values(f"{drop.source}.{tensor}", (64,), Param())
         if drop.usual and drop.shape is not None:
             for tensor in _dropped(drop, config):
-                tensors[tensor] = mx.array(_values(rng, tensor, drop.shape, Param()))
+                tensors[tensor] = values(tensor, drop.shape, Param())
     return tensors
 
 
 def _dropped(drop: Drop, config: Mapping[str, Any]) -> list[str]:
     """Return the names that a drop stands for in a checkpoint whose MTP layers the config counts."""
     count = config.get("num_nextn_predict_layers", 1)
-    template = name(drop.source)
+    parsed = template(drop.source)
     # An open range is one of MTP layers.
     domains = [
         range(domain.start, domain.start + count)
         if isinstance(domain, range) and domain.stop == OPEN
         else sorted(domain)
-        for domain in (drop.where[index] for index in template.indices)
+        for domain in (drop.where[index] for index in parsed.indices)
     ]
-    return [template.format(dict(zip(template.indices, values, strict=True))) for values in product(*domains)]
+    return [parsed.format(dict(zip(parsed.indices, values, strict=True))) for values in product(*domains)]
 
 
 def _values(
