@@ -183,12 +183,12 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 def folds(names: Iterable[str]) -> list[Fold]:
     """Return the lines of `fold_names` with their counts."""
-    groups: dict[tuple[str, ...], dict[tuple[int, ...], None]] = {}
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
     for name in names:
         pieces = NUMBER.split(name)
         if len(pieces) > 2 * _MAX_INDICES:
             pieces = [name]
-        groups.setdefault(tuple(pieces[::2]), {})[tuple(map(int, pieces[1::2]))] = None
+        groups.setdefault(tuple(pieces[::2]), {})[tuple(pieces[1::2])] = None
     found = []
     for words, tuples in groups.items():
         for axes in _products(list(tuples)):
@@ -196,7 +196,7 @@ def folds(names: Iterable[str]) -> list[Fold]:
             text = words[0]
             for axis, word in zip(axes, words[1:], strict=True):
                 count *= len(axis)
-                text += f".{fold_indices(axis)}{word}"
+                text += f".{fold_indices(map(int, axis))}{word}"
             found.append(Fold(count, text))
     return found
 
@@ -214,14 +214,16 @@ def fold_files(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _products(tuples: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+def _products(tuples: list[tuple[str, ...]]) -> list[tuple[tuple[str, ...], ...]]:
     """Return axes whose products cover exactly the given index tuples, folding the last index first."""
     if not tuples[0]:
         return [()]
-    tails: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    if len(tuples[0]) == 1:
+        return [(tuple([number for (number,) in tuples]),)]
+    tails: dict[str, list[tuple[str, ...]]] = defaultdict(list)
     for head, *rest in tuples:
         tails[head].append(tuple(rest))
-    same: dict[tuple[tuple[tuple[int, ...], ...], ...], list[int]] = defaultdict(list)
+    same: dict[tuple[tuple[tuple[str, ...], ...], ...], list[str]] = defaultdict(list)
     for head, rests in tails.items():
         same[tuple(_products(rests))].append(head)
     return [(tuple(heads), *axes) for products, heads in same.items() for axes in products]

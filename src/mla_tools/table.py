@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 from mla_tools.names import NUMBER, Domain, template
@@ -25,11 +26,11 @@ class Match(NamedTuple):
 class _Slots:
     """Where the sources of one template stand among the inputs of an application of a route.
 
-    `shared` and `gathered` are positions in a match's values; `order` numbers the gathered ones.
+    `shared` and `gathered` pick these from a match's values; `order` numbers the gathered ones.
     """
 
-    shared: tuple[int, ...]
-    gathered: tuple[int, ...]
+    shared: Callable[[tuple[int, ...]], tuple[int, ...]]
+    gathered: Callable[[tuple[int, ...]], tuple[int, ...]]
     order: Mapping[tuple[int, ...], int]
 
 
@@ -145,10 +146,7 @@ class Table:
         """Return which application of its route a match belongs to, and as which input."""
         claim, position, values = match
         slots = self._slots[claim][position]
-        return (
-            tuple([values[p] for p in slots.shared]),
-            slots.order[tuple([values[p] for p in slots.gathered])],
-        )
+        return slots.shared(values), slots.order[slots.gathered(values)]
 
     def route(self, match: Match) -> Route | None:
         """Return the matched route, or None for a drop."""
@@ -160,8 +158,10 @@ class Table:
 
     def shape(self, match: Match) -> Shape | None:
         """Return the shape that the matched tensor must have, if the table says."""
-        route = self.route(match)
-        return route.shapes[match.position] if route else self.drop(match).shape
+        claim, position, _ = match
+        if claim < len(self.routes):
+            return self.routes[claim].shapes[position]
+        return self.drop(match).shape
 
     def targets(self) -> dict[str, tuple[Shape, Param]]:
         """Return every tensor of the model by name, with its shape and what it is."""
@@ -209,12 +209,20 @@ def _slots(route: Route) -> tuple[_Slots, ...]:
         indices = template(text).indices
         slots.append(
             _Slots(
-                tuple(indices.index(index) for index in shared),
-                tuple(indices.index(index) for index in gathered),
+                _picker([indices.index(index) for index in shared]),
+                _picker([indices.index(index) for index in gathered]),
                 {values: position * len(found) + n for n, values in enumerate(found)},
             )
         )
     return tuple(slots)
+
+
+def _picker(places: Sequence[int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """Return what picks the values at these places, in their order; it is called for each tensor."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    first = places[0] if places else 0
+    return itemgetter(slice(first, first + len(places)))
 
 
 def _overlap(a: Domain, b: Domain) -> bool:

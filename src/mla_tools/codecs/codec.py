@@ -11,7 +11,7 @@ component. So the parts of `x.weight` are `x.weight`, `x.weight_scale_inv` and `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -130,12 +130,13 @@ class Codec(Protocol):
         """
         del parts
 
-    def declared(self, config: Mapping[str, Any], paths: Sequence[str]) -> str | None:
-        """Return what config.json says of a tensor where that is not what the tensor is, else None.
+    def declared(self, config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | None] | None:
+        """Return what tells, for the names that a module may have in config.json, what that says of it.
 
-        `paths` are the names that its module may have there.
+        It returns None where config.json says what the tensor is; where it never names modules in this
+        format, None is returned instead of it.
         """
-        del config, paths
+        del config
         return None
 
 

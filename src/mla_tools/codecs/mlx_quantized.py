@@ -6,7 +6,7 @@ Source: the documentation of mx.quantize and the shapes that it returns.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +110,17 @@ class MlxQuantized(TargetCodec):
         if self.shared is not None:
             refuse(parts[GLOBAL_SCALE], GLOBAL_SCALE)
 
-    def declared(self, config: Mapping[str, Any], paths: Sequence[str]) -> str | None:
+    def declared(self, config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | None] | None:
         given = config.get("quantization")
         if not isinstance(given, Mapping):
             return None
-        entry = next((given[path] for path in paths if isinstance(given.get(path), Mapping)), given)
-        said = _entry_text(entry)
-        return None if said == str(self.spec) else f"quantization in config.json says {said}"
+
+        def tell(paths: Sequence[str]) -> str | None:
+            entry = next((given[path] for path in paths if isinstance(given.get(path), Mapping)), given)
+            said = _entry_text(entry)
+            return None if said == str(self.spec) else f"quantization in config.json says {said}"
+
+        return tell
 
     def _each_row(self, parts: Parts, start: int, stop: int) -> mx.array:
         """Return the global scale of each of the rows start..stop, [rows, 1]."""

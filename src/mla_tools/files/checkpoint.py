@@ -32,9 +32,8 @@ from mla_tools.files.index import (
     tensors_text,
     without_index,
 )
-from mla_tools.files.place import AGAIN, File, Folder, Place, pieces, shown
-from mla_tools.files.safetensors import Header, read_header
-from mla_tools.spec import Spec
+from mla_tools.files.place import AGAIN, Folder, Place, pieces, shown
+from mla_tools.files.safetensors import Header, Stored, read_header
 
 __all__ = [
     "Checkpoint",
@@ -51,15 +50,6 @@ __all__ = [
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _LOCAL_READERS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where one stored tensor lies: its file, and its offset in bytes from the start of that file."""
-
-    file: File
-    offset: int
-    spec: Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +208,17 @@ def _gather(headers: dict[str, Header], places: dict[str, str], problems: list[P
     """Return all tensors of the headers; of a tensor that two files hold, the one where the index has it."""
     tensors: dict[str, Stored] = {}
     for file, header in headers.items():
-        for name in sorted(header.entries.keys() & tensors.keys()):
+        twice = header.entries.keys() & tensors.keys()
+        for name in sorted(twice):
             first = tensors[name].file.name
             found = f"{shown(first)} and {shown(file)}"
             cause = "Remove the file that does not belong to this model."
             problems.append(Problem(shown(name), "is stored in two files", "one place", found, cause))
-        for name, entry in header.entries.items():
-            if name not in tensors or places.get(name) == file:
-                tensors[name] = Stored(header.file, entry.offset, entry.spec)
+        tensors |= {
+            name: entry
+            for name, entry in header.entries.items()
+            if name not in twice or places.get(name) == file
+        }
     return tensors
 
 

@@ -11,7 +11,7 @@ from itertools import islice
 
 from mla_tools.errors import CheckpointError, Problem
 from mla_tools.files.place import AGAIN, Place, read_whole, shown
-from mla_tools.files.safetensors import NotJsonError, parse_object
+from mla_tools.files.safetensors import NotJsonError, parse_object, total_bytes
 from mla_tools.names import fold_names
 from mla_tools.spec import Spec
 
@@ -110,22 +110,23 @@ def read_index(place: Place, names: Sequence[str], problems: list[Problem]) -> I
             Problem(index, "has no object weight_map", "tensor names with their files", cause=AGAIN)
         )
         return None
-    strange = [name for name, file in weight_map.items() if not isinstance(file, str)]
+    usual = set(map(type, weight_map.values())) <= {str}
+    strange = [] if usual else [name for name, file in weight_map.items() if not isinstance(file, str)]
     if strange:
         what = f"weight_map gives no file name for {some(strange)}"
         problems.append(Problem(index, what, "the name of a file in the folder", cause=AGAIN))
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Index(
         index,
-        {name: file for name, file in weight_map.items() if isinstance(file, str)},
+        {name: file for name, file in weight_map.items() if isinstance(file, str)} if strange else weight_map,
         size if type(size) is int else None,
     )
 
 
 def size_note(index: Index, specs: Sequence[Spec]) -> list[str]:
     """Return a note on a total_size that is not the bytes of the tensors; some index files count elements."""
-    size, nbytes = index.total_size, sum(spec.nbytes for spec in specs)
-    if size is None or size == nbytes:
+    size = index.total_size
+    if size is None or size == (nbytes := total_bytes(specs)):
         return []
     elements = sum(spec.size for spec in specs)
     counts = {elements: ", the number of elements", 2 * elements: ", two bytes for each element"}

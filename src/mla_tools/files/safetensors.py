@@ -12,22 +12,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, clipped
 from mla_tools.files.place import AGAIN, File, OpenFile, Part, as_file, shown
 from mla_tools.spec import DType, Spec
 
 __all__ = [
-    "Entry",
     "Header",
     "Layout",
     "NotJsonError",
+    "Stored",
     "layout",
     "parse_object",
     "read_header",
+    "total_bytes",
 ]
 
 METADATA = "__metadata__"
@@ -47,12 +49,15 @@ _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored tensor of a file; `offset` counts from the start of the file."""
+class Stored(NamedTuple):
+    """Where one stored tensor lies: its file, and its offset in bytes from the start of that file.
 
-    spec: Spec
+    A tuple, because a checkpoint has half a million of them.
+    """
+
+    file: File
     offset: int
+    spec: Spec
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Header:
     """
 
     file: File
-    entries: dict[str, Entry]
+    entries: dict[str, Stored]
     metadata: dict[str, str]
     size: int
     digest: str
@@ -96,7 +101,7 @@ def read_header(file: File | str | os.PathLike[str]) -> Header:
     # mx.save_safetensors writes null where it is given no metadata.
     metadata = table.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
-    entries = _check_entries(table, name, _LENGTH_BYTES + len(raw), size, problems)
+    entries = _check_entries(table, pinned, _LENGTH_BYTES + len(raw), size, problems)
     if type(metadata) is not dict or not all(map(_is_text, [*metadata, *metadata.values()])):
         found = clipped(metadata)
         problems.append(Problem(name, f"{METADATA} is not an object of strings", found=found, cause=AGAIN))
@@ -150,10 +155,11 @@ def _read_raw_header(opened: OpenFile, file: str) -> bytes:
 
 
 def _check_entries(
-    table: dict[str, Any], file: str, start: int, size: int, problems: list[Problem]
-) -> dict[str, Entry]:
+    table: dict[str, Any], source: File, start: int, size: int, problems: list[Problem]
+) -> dict[str, Stored]:
     """Return the entries of a header table; whatever is wrong with them is appended to `problems`."""
-    entries: dict[str, Entry] = {}
+    file = shown(source.name)
+    entries: dict[str, Stored] = {}
     ranges: list[tuple[int, int, str]] = []
     specs: dict[tuple[str, tuple[int, ...]], tuple[Spec, int]] = {}
     whole = not problems  # without every range, what lies between ranges says nothing
@@ -163,7 +169,9 @@ def _check_entries(
         problems.append(Problem(shown(name), what, needed, text, f"It is stored in {file}."))
 
     for name, entry in table.items():
-        if fault := _name_fault(name):
+        # Most names are plain, and isprintable is far cheaper than a search.
+        plain = 0 < len(name) <= _MAX_NAME and name.isprintable()
+        if not plain and (fault := _name_fault(name)):
             report(name, f"the name of a tensor {fault}")
         if type(entry) is not dict or entry.keys() != _KEYS:
             found = sorted(entry) if type(entry) is dict else entry
@@ -171,9 +179,8 @@ def _check_entries(
             whole = False
             continue
         offsets, dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
-        placed = type(offsets) is list and list(map(type, offsets)) == [int, int]
-        if placed and 0 <= offsets[0] <= offsets[1] < _MAX_NUMBER:
-            begin, end = offsets
+        begin, end = offsets if type(offsets) is list and len(offsets) == 2 else (None, None)
+        if type(begin) is int and type(end) is int and 0 <= begin <= end < _MAX_NUMBER:
             ranges.append((begin, end, name))
         else:
             report(name, "data_offsets is not a range", "two whole numbers in order, from 0 up", offsets)
@@ -195,7 +202,7 @@ def _check_entries(
             known = specs[key] = spec, spec.nbytes
         spec, nbytes = known
         if end - begin == nbytes:
-            entries[name] = Entry(spec, start + begin)
+            entries[name] = Stored(source, start + begin, spec)
         elif end >= 0:
             report(
                 name,
@@ -238,8 +245,7 @@ def _name_fault(name: str) -> str:
         return "is empty"
     if len(name) > _MAX_NAME:
         return f"has more than {_MAX_NAME} characters"
-    # Most names are plain, and isprintable is far cheaper than a search.
-    if not name.isprintable() and (unfit := _UNFIT.search(name)):
+    if unfit := _UNFIT.search(name):
         return f"contains the character {unfit[0]!a}"
     return ""
 
@@ -273,10 +279,14 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
             twice.extend(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         return found
 
+    def load(hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None) -> Any:
+        return json.loads(text, object_pairs_hook=hook, parse_float=_finite, parse_constant=_refuse_constant)
+
     try:
-        value = json.loads(
-            data.decode(), object_pairs_hook=gather, parse_float=_finite, parse_constant=_refuse_constant
-        )
+        text = data.decode()
+        value = load(None)
+        if not _has_no_duplicates(value, text):
+            value = load(gather)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text (byte {error.start:,})") from error
     except RecursionError as error:
@@ -288,6 +298,18 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
     if type(value) is not dict:
         raise ValueError("is not a JSON object")
     return value, twice
+
+
+def _has_no_duplicates(value: object, text: str) -> bool:
+    """Return whether it is certain, without looking at pairs, that no key of some JSON is there twice.
+
+    In compact JSON each key is a quote and a colon. With spaces between them there are fewer of these, with
+    escaped quotes there may be more, and objects in objects in objects are not counted.
+    """
+    if type(value) is not dict:
+        return False
+    inner = (item for item in value.values() if type(item) is dict)
+    return text.count('":') == len(value) + sum(map(len, inner))
 
 
 def _finite(text: str) -> float:
@@ -346,3 +368,10 @@ def layout(tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> Layout:
     return Layout(
         header, {name: start + offset for name, offset in relative.items()}, nbytes, start + reached
     )
+
+
+def total_bytes(specs: Iterable[Spec]) -> int:
+    """Return the bytes of tensors; most share the spec of thousands of others, which is one object."""
+    held = list(specs)
+    counts, unlike = Counter(map(id, held)), {id(spec): spec for spec in held}
+    return sum(count * unlike[key].nbytes for key, count in counts.items())

@@ -10,7 +10,7 @@ stored) and `lay_out` (where it goes). Problems are added up, and none hides a l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,16 +140,10 @@ def steps_of(checkpoint: Checkpoint, options: Options, family: Family | None = N
 
     Raises CheckpointError, with those, where `make_steps` does.
     """
-    stored = {name: entry.spec for name, entry in checkpoint.tensors.items()}
+    stored = ((name, entry.spec) for name, entry in checkpoint.tensors.items())
+    lost, blind = checkpoint.lost, checkpoint.blind
     try:
-        return make_steps(
-            stored,
-            checkpoint.config,
-            options,
-            lost=checkpoint.lost,
-            blind=checkpoint.blind,
-            family=family,
-        )
+        return _make_steps(stored, checkpoint.config, options, lost, blind, family)
     except CheckpointError as error:
         raise CheckpointError([*checkpoint.problems, *error.problems]) from error
 
@@ -169,13 +163,24 @@ def make_steps(
     that some of them could not even be named, so that missing tensors are no news. Raises
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
+    return _make_steps(stored.items(), config, options, lost or {}, blind, family)
+
+
+def _make_steps(
+    stored: Iterable[tuple[str, Spec]],
+    config: Mapping[str, Any],
+    options: Options,
+    lost: Mapping[str, str],
+    blind: bool,
+    family: Family | None,
+) -> Steps:
     with no_collector():
         family, table = table_of(config, family)
         if options.layout != table.layout:
             table = _aimed(table, options.layout, family)
         claimed = claim(stored, _section(family, config), table)
-        matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost or {})
-        gathered = gather(matched, table, lost or {}, blind=blind)
+        matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost)
+        gathered = gather(matched, table, lost, blind=blind)
         encoded = encode(gathered.groups, matched.kept, options, table.layers())
         encoded.steps.sort(key=lambda step: natural(step.targets[0].name))
         stages = (claimed, matched, gathered, encoded)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from mla_tools.codecs import Bundle, Codec, Dense, Module, bare, bundle, part_name
+from mla_tools.codecs import Codec, Dense, Module, bare, bundle, part_name
 from mla_tools.errors import Problem
 from mla_tools.plan.steps import Drop, Source
 from mla_tools.spec import Spec
@@ -25,51 +25,75 @@ class Claimed:
     problems: list[Problem] = field(default_factory=list)
 
 
-def claim(stored: Mapping[str, Spec], section: Mapping[str, object], table: Table) -> Claimed:
+def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], table: Table) -> Claimed:
     """Return the tensors that stored tensors are; `section` is what config.json says of them."""
     made = Claimed()
-    modules: dict[str, dict[str, Spec]] = defaultdict(dict)
-    for name, spec in stored.items():
+    # For each module its leaves and their specs in turn: lists, because there are hundreds of thousands.
+    modules: dict[str, list[Any]] = {}
+    for name, spec in stored:
         module, _, leaf = name.rpartition(".")
-        modules[module][leaf] = spec
+        held = modules.get(module)
+        if held is None:
+            held = modules[module] = []
+        held += (leaf, spec)
     # Most modules look like thousands of others, so what the codecs say is remembered.
-    seen: dict[Any, Bundle | str] = {}
-    for module, leaves in modules.items():
+    seen: dict[Any, _Answer] = {}
+    for module in list(modules):
+        held = modules.pop(module)  # what was seen need not be kept
         prefix = f"{module}." if module else ""
         weight = table.lookup(prefix + "weight")
         shape = table.shape(weight) if weight else None
         width = int(shape[-1]) if shape else None
-        look = (*leaves.items(), width)
+        look = (*held, width)
         answer = seen.get(look)
         if answer is None:
+            leaves = dict(zip(held[::2], held[1::2], strict=True))
             answer = seen[look] = _answer(Module(leaves, width, section))
-        if isinstance(answer, str):
-            made.problems.append(Problem(module, "its stored tensors do not fit together", found=answer))
+        if answer.fault:
+            made.problems.append(
+                Problem(module, "its stored tensors do not fit together", found=answer.fault)
+            )
             continue
-        for leaf, reason in answer.unread.items():
+        for leaf, spec, reason in answer.unread:
             unread = table.lookup(prefix + leaf)
             if unread is not None and table.route(unread) is None:
                 # Whatever it is, it is left out.
-                made.tensors.append((_plain(prefix + leaf, leaves[leaf]), unread))
+                made.tensors.append((_plain(prefix + leaf, spec), unread))
                 continue
-            there = str(leaves[leaf])
-            made.problems.append(Problem(prefix + leaf, "cannot be read", found=there, cause=reason))
-        for leaf, reason in answer.drops.items():
-            made.drops.append(Drop(_plain(prefix + leaf, leaves[leaf]), reason))
-        for leaf, spec, codec, leaves_of in answer.claims:
+            made.problems.append(Problem(prefix + leaf, "cannot be read", found=f"{spec}", cause=reason))
+        for leaf, spec, reason in answer.drops:
+            made.drops.append(Drop(_plain(prefix + leaf, spec), reason))
+        for leaf, spec, codec, parts in answer.claims:
             name = prefix + leaf
             match = weight if leaf == "weight" else table.lookup(name)
-            parts = {part: prefix + other for part, other in leaves_of.items()}
             made.tensors.append((Source(name, spec, codec, parts), match))
     made.problems += _without_biases([source for source, _ in made.tensors])
     return made
 
 
-def _answer(module: Module) -> Bundle | str:
+class _Answer(NamedTuple):
+    """What the codecs say of modules that look alike, or why their stored tensors do not fit together."""
+
+    claims: list[tuple[str, Spec, Codec, tuple[str, ...]]]
+    drops: list[tuple[str, Spec, str]]
+    unread: list[tuple[str, Spec, str]]
+    fault: str = ""
+
+
+def _answer(module: Module) -> _Answer:
     try:
-        return bundle(module)
+        claims, drops, unread = bundle(module)
     except ValueError as error:
-        return str(error)
+        return _Answer([], [], [], str(error))
+    for leaf, _, _, parts in claims:
+        # So that a tensor has no names of its own to keep.
+        assert parts == {part: part_name(leaf, part) for part in parts}, parts
+    specs = module.leaves
+    return _Answer(
+        [(leaf, spec, codec, tuple(parts)) for leaf, spec, codec, parts in claims],
+        [(leaf, specs[leaf], reason) for leaf, reason in drops.items()],
+        [(leaf, specs[leaf], reason) for leaf, reason in unread.items()],
+    )
 
 
 def _without_biases(sources: Sequence[Source]) -> list[Problem]:
@@ -88,4 +112,4 @@ def _without_biases(sources: Sequence[Source]) -> list[Problem]:
 
 def _plain(name: str, spec: Spec) -> Source:
     """Return a stored tensor that is left out as the tensor that it is by itself."""
-    return Source(name, spec, Dense(spec.dtype), {"weight": name})
+    return Source(name, spec, Dense(spec.dtype), ("weight",))

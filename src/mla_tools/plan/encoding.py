@@ -68,7 +68,7 @@ def _copied(kept: Kept, made: Encoded) -> Step:
     source, name = kept.source, kept.name
     codec = Dense(source.spec.dtype)
     moved = source.codec == codec
-    exactness = _exactness([source], codec, source.spec.dtype, moved)
+    exactness = _exactness([source], {source.codec}, codec, source.spec.dtype, moved)
     if name in made.vision:
         cause = "The checkpoint mixes two layouts."
         made.problems.append(Problem(name, "duplicate", "one of them", cause=cause))
@@ -87,7 +87,7 @@ def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
         codec, dtype = _choose(name, spec, route.param, keeps, codecs, options, layers, made)
         moved = keeps and all(one.quantized and repacking(one, codec) is not None for one in codecs)
         parts = {part: part_name(name, part) for part in codec.encoded(spec)}
-        exactness = _exactness(sources, codec, dtype, moved)
+        exactness = _exactness(sources, codecs, codec, dtype, moved)
         targets.append(Target(name, Spec(spec.shape, dtype), codec, parts, exactness, moved))
     return Step(op, sources, tuple(targets))
 
@@ -201,18 +201,20 @@ def _in_format(codec: TargetCodec, spec: Spec, dtype: DType) -> tuple[TargetCode
     return codec, dtype
 
 
-def _exactness(sources: Sequence[Source], codec: Codec, dtype: DType, moved: bool) -> Exactness:
-    quantized = any(source.codec.quantized for source in sources)
+def _exactness(
+    sources: Sequence[Source], codecs: Collection[Codec], codec: Codec, dtype: DType, moved: bool
+) -> Exactness:
+    quantized = any(one.quantized for one in codecs)
     nominal = {source.spec.dtype for source in sources}
     if dtype.kind == "int":
         # An op has looked whether the numbers fit.
         return "copied" if nominal == {dtype} else "repacked"
     if moved:
         # The form that holds a source's numbers exactly can be wider than the dtype of its scales.
-        exact = {source.codec.native.dtype for source in sources if source.codec.native is not None}
+        exact = {native.dtype for one in codecs if (native := one.native) is not None}
         if any(_narrower(dtype, other) for other in exact):
             return "rounded"
-        return "copied" if all(source.codec == codec for source in sources) else "repacked"
+        return "copied" if all(one == codec for one in codecs) else "repacked"
     if codec.quantized:
         return "requantized" if quantized else "encoded"
     if quantized:

@@ -52,30 +52,30 @@ def match(
     dropped: list[tuple[Source, Match]] = []
     for source, named in claimed.tensors:
         found = named
-        if named is not None and table.shape(named) not in (None, source.spec.shape):
+        route = table.route(found) if found else None
+        if found is not None and table.shape(found) not in (None, source.spec.shape):
             # One name can stand for a tensor in two shapes.
             found = table.lookup(source.name, source.spec.shape)
+            route = table.route(found) if found else None
         if found is None:
             made.problems.append(_unknown(source, family))
-            continue
-        route = table.route(found)
-        if route is None:
+        elif route is not None:
+            key, slot = table.slot(found)
+            made.inputs[found.claim, key][slot] = source
+            if source.spec.shape != route.shapes[found.position]:
+                made.problems.append(_misshapen(source, route.shapes[found.position]))
+                made.unfit.add((found.claim, key))
+        else:
             drop = table.drop(found)
-            shape = drop.shape
             if keep_vision and drop.image is not None:
                 made.kept.append(Kept(source, drop.image + source.name.removeprefix(drop.source)))
             else:
                 made.drops.append(Drop(source, drop.reason))
                 dropped.append((source, found))
-        else:
-            shape = route.shapes[found.position]
-            key, slot = table.slot(found)
-            made.inputs[found.claim, key][slot] = source
-            made.layouts[route.layouts] += 1
-        if shape is not None and source.spec.shape != shape:
-            made.problems.append(_misshapen(source, shape))
-            if route is not None:
-                made.unfit.add((found.claim, key))
+            if drop.shape is not None and source.spec.shape != drop.shape:
+                made.problems.append(_misshapen(source, drop.shape))
+    for (claim, _), inputs in made.inputs.items():
+        made.layouts[table.routes[claim].layouts] += len(inputs)
     _check_markers(dropped, table, made, lost)
     return made
 

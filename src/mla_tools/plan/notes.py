@@ -146,11 +146,13 @@ def _disagreeing_sections(config: Mapping[str, Any]) -> Iterator[str]:
 def _disagreeing_tensors(steps: Sequence[Step], config: Mapping[str, Any]) -> Iterator[str]:
     """Note what config.json says of tensors that are stored otherwise."""
     wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+    tells = {codec: codec.declared(config) for step in steps for codec in step.codecs}
     for step in steps:
-        paths = [target.label for target in step.targets]
-        for source in step.sources:
-            if source.codec.quantized:
-                said = source.codec.declared(config, (source.label, *paths))
+        if any(tells[codec] for codec in step.codecs):
+            paths = [target.label for target in step.targets]
+            for source in step.sources:
+                tell = tells[source.codec]
+                said = tell((source.label, *paths)) if tell else None
                 if said is not None:
                     wrong[said, source.codec.name].append(source.label)
     for (said, name), names in wrong.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from mla_tools.architectures import Family
 from mla_tools.files.checkpoint import Checkpoint, Planned
+from mla_tools.files.safetensors import total_bytes
 from mla_tools.options import Options
 from mla_tools.plan.files import OutputFile
 from mla_tools.plan.memory import MAX_MEMORY, NETWORK_THREADS, THREADS, Workload, workload
@@ -41,7 +42,7 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """The bytes of tensor data in the checkpoint."""
-        return sum(stored.spec.nbytes for stored in self.checkpoint.tensors.values())
+        return total_bytes(stored.spec for stored in self.checkpoint.tensors.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
-from mla_tools.codecs import Codec, TargetCodec
+from mla_tools.codecs import Codec, TargetCodec, part_name
 from mla_tools.names import short
 from mla_tools.ops import Op, Slab
 from mla_tools.spec import Spec
@@ -17,12 +18,17 @@ Exactness = Literal["copied", "repacked", "rounded", "decoded", "encoded", "requ
 
 
 class Source(NamedTuple):
-    """A tensor of the checkpoint: what it is nominally, how it is spelled, where its parts are."""
+    """A tensor of the checkpoint: what it is nominally, how it is spelled, and which parts it has."""
 
     name: str
     spec: Spec
     codec: Codec
-    parts: Mapping[str, str]
+    held: tuple[str, ...]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The parts with the names of their stored tensors."""
+        return {part: part_name(self.name, part) for part in self.held}
 
     @property
     def label(self) -> str:
@@ -55,13 +61,18 @@ class Target:
         return {self.parts[part]: spec for part, spec in self.codec.encoded(self.spec).items()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One application of a rule."""
 
     op: Op
     sources: tuple[Source, ...]
     targets: tuple[Target, ...]
+
+    @cached_property
+    def codecs(self) -> tuple[Codec, ...]:
+        """The codecs of the sources, each once."""
+        return tuple(dict.fromkeys(source.codec for source in self.sources))
 
     def slabs(self, limit: int) -> list[Slab]:
         """Return the slabs of the step, of about `limit` elements each.
