@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import Checkpoint, Skipped
@@ -15,6 +15,9 @@ from mla_tools.names import NUMBER, fold_files, fold_names, natural
 from mla_tools.plan import Plan, Source, Step, Steps, Workload
 from mla_tools.rules import short
 
+if TYPE_CHECKING:
+    from mla_tools.verify import Verified
+
 __all__ = [
     "human_bytes",
     "plan_json",
@@ -22,6 +25,8 @@ __all__ = [
     "summary_text",
     "survey_json",
     "survey_text",
+    "verified_json",
+    "verified_text",
 ]
 
 # Lists of files go on in the next line.
@@ -296,3 +301,25 @@ def survey_text(survey: dict[str, Any], error: CheckpointError | None) -> str:
         lines += ["", "notes", *(f"  {line}" for line in survey["notes"])]
     lines += ["", str(error) if error else "no problems"]
     return "\n".join(lines)
+
+
+# --- verify ------------------------------------------------------------------------------------------
+
+
+def verified_json(found: Verified, folder: Path, *, quick: bool) -> dict[str, Any]:
+    """Return a check of an output as plain values."""
+    return {
+        "output": str(folder),
+        "files": found.files,
+        "bytes": found.nbytes,
+        "quick": quick,
+        "notes": list(found.notes),
+    }
+
+
+def verified_text(found: Verified, folder: Path, *, quick: bool) -> str:
+    """Return a check of an output as lines; `quick`: the data of the weight files was left out."""
+    compared = "all but the data of the weight files" if quick else "all bytes"
+    size = human_bytes(found.nbytes)
+    line = f"{folder}: complete, {found.files} files, {size}; {compared} are as they were written"
+    return "\n".join([line, *(f"  {note}" for note in found.notes)])
