@@ -362,7 +362,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep-vision",
         action="store_true",
-        help="copy the tensors for images as they are (default: drop them). mlx_lm.load leaves them out and"
+        help="copy the vision tensors as they are (default: drop them). mlx_lm.load leaves them out and"
         " loads the language model as without this; Kimi K2.5 and K3 then also load in mlx-vlm, Mistral 4"
         " does not (mlx-vlm 0.7.10 does not split kv_b_proj)",
     )
@@ -377,7 +377,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep-mtp",
         action="store_true",
-        help="write the draft layers of DeepSeek V4 to a folder of their own, OUT-mtp, as mlx-vlm's drafters"
+        help="write the MTP layers of DeepSeek V4 to a folder of their own, OUT-mtp, as mlx-vlm's drafters"
         " read them (default: drop them)",
     )
     add(

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Bar", "Lines", "telling"]
 
-# A line comes when so much more is done, or after so long, and never sooner than after the shortest time.
-_SHARE = 0.1
+# A line comes when another tenth is done, or after so long, and never sooner than after the shortest time.
+_LINES = 10
 _SECONDS, _MOST_SECONDS = 10, 600
 
 
@@ -78,10 +78,10 @@ class Lines:
             self._first, self._last = progress, progress
             self._began = self._told = now
             return
-        silent, more = now - self._told, progress.share - self._last.share
+        silent, more = now - self._told, progress.done - self._last.done
         if progress.done == progress.total or silent < _SECONDS:
             return
-        if more >= _SHARE or silent >= _MOST_SECONDS:
+        if more * _LINES >= progress.total or silent >= _MOST_SECONDS:
             self._told, self._last = now, progress
             say(f"{_line(progress)}{_left(progress, self._first, now - self._began)}")
 
