@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from mla_tools import cli
 from mla_tools.cli import main, options_of, parser
 from mla_tools.errors import UsageError
 from mla_tools.options import Options
@@ -178,7 +177,7 @@ def test_an_interruption_is_130(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "open_checkpoint", interrupt)
+    monkeypatch.setattr("mla_tools.convert.open_checkpoint", interrupt)
     assert main([command, str(source)]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -208,7 +207,7 @@ def test_convert_ends_the_child_when_it_fails(
     def fail(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "execute", fail)
+    monkeypatch.setattr("mla_tools.execute.execute", fail)
     assert main(["convert", str(source), "--mlx-path", str(tmp_path / "out")]) == 130
     assert agreeable == ["start", "cancel"]
 

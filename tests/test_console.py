@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mla_tools import cli
+from mla_tools import convert
 from mla_tools.cli import main
 from mla_tools.console import error_json, printable
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
@@ -171,12 +171,12 @@ def test_a_signal_that_is_ignored_stays_so(source: Path) -> None:
     code = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-from mla_tools import __main__, cli
-plan = cli.make_plan
+from mla_tools import __main__, convert
+plan = convert.make_plan
 def interrupted(*args):
     os.kill(os.getpid(), signal.SIGINT)
     return plan(*args)
-cli.make_plan = interrupted
+convert.make_plan = interrupted
 sys.exit(__main__.main())
 """
     done = subprocess.run([sys.executable, "-c", code, "plan", str(source)], capture_output=True, text=True)
@@ -190,8 +190,8 @@ def test_an_interruption_is_told_as_json_too(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "open_checkpoint", interrupt)
-    monkeypatch.setattr(cli, "locate", lambda *args, **kwargs: None)
+    monkeypatch.setattr(convert, "open_checkpoint", interrupt)
+    monkeypatch.setattr(convert, "locate", lambda *args, **kwargs: None)
     assert main(["plan", "SRC", *(["--json"] if as_json else [])]) == 130
     out, err = capsys.readouterr()
     assert err == "interrupted; nothing was written\n"
@@ -219,7 +219,7 @@ def test_every_error_is_a_sentence_and_json_and_a_traceback_only_on_demand(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "make_plan", fail)
+    monkeypatch.setattr(convert, "make_plan", fail)
     assert main(["plan", str(source)]) == 1
     out, err = capsys.readouterr()
     assert out == ""

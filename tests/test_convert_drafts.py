@@ -131,9 +131,9 @@ def test_layers_that_no_drafter_reads_are_refused(sample: Path) -> None:
 def test_no_draft_layers_to_keep_is_said_before_anything_is_written(sample: Path, tmp_path: Path) -> None:
     found = open_checkpoint(sample)
     odd = {"mtp.norm.weight": found.tensors["norm.weight"]}
-    with pytest.raises(UsageError, match=r"no draft layers here"):
+    with pytest.raises(UsageError, match=r"no MTP layers here"):
         make_draft_plan(replace(found, tensors=odd), Options())
-    with pytest.raises(UsageError, match=r"no draft layers here"):
+    with pytest.raises(UsageError, match=r"no MTP layers here"):
         make_draft_plan(without(open_checkpoint(sample), "mtp."), Options())
     write_sample("deepseek_v3", tmp_path / "v3")
     assert main(["convert", str(tmp_path / "v3"), "--mlx-path", str(tmp_path / "out"), "--keep-mtp"]) == 2
@@ -167,7 +167,7 @@ def test_the_source_is_checked_once_for_model_and_drafts(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = []
-    monkeypatch.setattr("mla_tools.cli.check_source", lambda plan, group: checked.append(plan))
+    monkeypatch.setattr("mla_tools.execute.check_source", lambda plan, group: checked.append(plan))
     out = tmp_path / "out"
     assert main(["convert", str(sample), "--mlx-path", str(out), "--keep-mtp", "--check-source"]) == 0
     assert len(checked) == 1

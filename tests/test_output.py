@@ -757,16 +757,17 @@ def test_a_request_to_end_is_followed_and_it_says_how_to_go_on(
         "sys.exit(",
         """
 import contextlib, signal
+from mla_tools import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have had ignored
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 @contextlib.contextmanager
-def bar(plan, rank):
-    def progress(nbytes):
-        if nbytes:
+def telling():
+    def show(progress):
+        if progress.done:
             print("written", flush=True)
             signal.pause()
-    yield progress
-cli._bar = bar
+    yield show
+cli.telling = telling
 sys.exit(""",
     )
     out = tmp_path / "out"

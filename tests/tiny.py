@@ -40,9 +40,10 @@ JOURNALS = "mla_tools.journal-*.jsonl"
 # The command, with output files and checkpoints of a size that fits the model, and no question to mlx-lm.
 CHILD = f"""
 import sys
-from mla_tools import __main__, cli, plan, verify
+from mla_tools import __main__, verify
 from mla_tools.output import folder, writing
-plan.SHARD_BYTES = {SHARD_BYTES}
+from mla_tools.plan import files
+files.SHARD_BYTES = {SHARD_BYTES}
 writing.CHECKPOINT_BYTES = 1
 folder.SMALL_FILES = 0
 class Agrees:

@@ -5,26 +5,38 @@
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from mla_tools import convert
     from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
     from mla_tools.mla import merge_kv_b_proj_weights, shard_mla_projections, split_kv_b_proj_weights
+    from mla_tools.options import Options
     from mla_tools.quantization import QuantSpec
     from mla_tools.weights import sanitize
+
+    __version__: str
 
 __all__ = [
     "CheckpointError",
     "MlaToolsError",
+    "Options",
     "Problem",
     "QuantSpec",
     "UsageError",
+    "__version__",
+    "convert",
     "merge_kv_b_proj_weights",
     "sanitize",
     "shard_mla_projections",
     "split_kv_b_proj_weights",
 ]
 
+# `convert` is the module: a function of that name would be hidden by it as soon as it is imported, and
+# `plan` and `verify` are packages. The functions are convert.convert, convert.plan and so on.
+_MODULES = {"convert"}
+
 _HOMES = {
     "CheckpointError": "errors",
     "MlaToolsError": "errors",
+    "Options": "options",
     "Problem": "errors",
     "QuantSpec": "quantization",
     "UsageError": "errors",
@@ -37,11 +49,19 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     """Return a public name, whose module is imported when the name is first used."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"mla_tools.{_HOMES[name]}"), name)
+    value: object
+    if name in _MODULES:
+        value = import_module(f"mla_tools.{name}")
+    elif name in _HOMES:
+        value = getattr(import_module(f"mla_tools.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("mla-tools")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
 

@@ -5,41 +5,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from decimal import Decimal
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
+from mla_tools import convert as library
 from mla_tools import report
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.codecs import FORMATS
 from mla_tools.console import ended, say, show, show_json
-from mla_tools.distributed import launched
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
-from mla_tools.execute import check_source, execute
-from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
-from mla_tools.files.hub import locate
 from mla_tools.files.place import shown
 from mla_tools.options import DTYPES, EMBED_Q, Options, parse_embed_q, parse_override, read_recipe
-from mla_tools.output import check_output, how_to_resume, is_unfinished, refuse_source
-from mla_tools.plan import (
-    MAX_MEMORY,
-    NETWORK_THREADS,
-    THREADS,
-    Plan,
-    Workload,
-    make_draft_plan,
-    make_plan,
-    steps_of,
-)
+from mla_tools.plan import MAX_MEMORY, NETWORK_THREADS, THREADS
+from mla_tools.progress import telling
 from mla_tools.quantization import MODES, RECIPES, QuantSpec
 from mla_tools.samples import write_sample
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from mla_tools.verify import ManifestCheck
 
 __all__ = ["main", "options_of", "parser"]
 
@@ -57,8 +38,6 @@ _EPILOG = """\
 exit codes: 0 done, 1 it cannot be done or something is wrong, 2 wrong usage, 130 interrupted,
             141 nobody reads the output any more (as after "| head")
 """
-
-_MOST_THREADS = 1024
 
 _CONVERT = """\
 Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
@@ -106,136 +85,76 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     options = options_of(args)
-    if not args.mlx_path:
-        raise UsageError("--mlx-path: give the folder to write")
-    out = Path(args.mlx_path)
-    if ".." in out.parts:  # which may lead through a folder that is not there
-        out = out.resolve()
-    refuse_source(out, [Path(_source(args))])
-    group = launched()
-    if group.rank == 0:
-        check_output(out, resume=args.resume, overwrite=args.overwrite)
-    plan = _plan_of(args, options)
-    drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
-    beside = Path(f"{out if out.name else out.resolve()}-mtp")
-    if drafts is not None and group.rank == 0:
-        check_output(beside, resume=args.resume, overwrite=args.overwrite)
-    from mla_tools.verify import ManifestCheck
-
-    check = ManifestCheck(plan.config, plan.shapes) if group.rank == 0 else None
-    if args.check_source:
-        check_source(plan, group)
-    work = [(plan, out)] if drafts is None else [(plan, out), (drafts, beside)]
-    done = []
-    try:
-        for each, folder in work:
-            with _resumable(folder, args.overwrite), _bar(each, group.rank) as progress:
-                anything = execute(
-                    each,
-                    folder,
-                    workload=_workload(args, each),
-                    device=args.device,
-                    resume=args.resume,
-                    overwrite=args.overwrite,
-                    source_checked=args.check_source,
-                    group=group,
-                    progress=_looking(check, progress),
-                    agrees=check.wait if check and each is plan else lambda: None,
-                )
-            done.append(report.summary_text(each, folder) if anything else _complete(folder))
-    finally:
-        if check:
-            check.cancel()
-    if group.rank:
+    with telling() as progress:
+        done = library.convert(
+            _source(args),
+            args.mlx_path,
+            options,
+            **_reading(args),
+            max_memory=args.max_memory,
+            threads=args.threads,
+            device=args.device,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            keep_mtp=args.keep_mtp,
+            check_source=args.check_source,
+            progress=progress,
+        )
+    if done.rank:
         return 0
     if args.json:
-        found = {"output": str(out), **report.plan_json(plan, _workload(args, plan))}
-        if drafts is not None:
-            found["drafts"] = {"output": str(beside), **report.plan_json(drafts, _workload(args, drafts))}
-        show_json(found)
+        _show_values(
+            {"output": str(each.folder), **report.plan_json(each.plan, each.workload)} for each in done
+        )
     else:
-        show("\n".join(done))
+        show("\n".join(map(_told, done)))
     return 0
 
 
-def _looking(check: ManifestCheck | None, progress: Callable[[int], None]) -> Callable[[int], None]:
-    """Return a progress that ends the work as soon as it is known that mlx-lm does not agree."""
-
-    def step(nbytes: int) -> None:
-        progress(nbytes)
-        if check:
-            check.look()
-
-    return step
-
-
-@contextmanager
-def _resumable(out: Path, overwrite: bool) -> Iterator[None]:
-    """Say how to resume after an interruption."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if is_unfinished(out):
-            raise KeyboardInterrupt(f"interrupted; {how_to_resume(out, overwrite=overwrite)}") from None
-        raise
-
-
-def _complete(folder: Path) -> str:
-    return f"{folder} is complete already; mla-sanitize verify {folder} compares its bytes"
-
-
-def _workload(args: argparse.Namespace, plan: Plan) -> Workload:
-    return plan.workload(_bytes(args.max_memory), args.threads)
+def _told(done: library.Written) -> str:
+    if done.anything:
+        return report.summary_text(done.plan, done.folder)
+    return f"{done.folder} is complete already; mla-sanitize verify {done.folder} compares its bytes"
 
 
 def _plan(args: argparse.Namespace) -> int:
     options = options_of(args)
     try:
-        plan = _plan_of(args, options)
-        drafts = make_draft_plan(plan.checkpoint, options) if args.keep_mtp else None
+        plans = library.plan(_source(args), options, **_reading(args), keep_mtp=args.keep_mtp)
     except CheckpointError as error:
         raise (error.in_full() if args.long else error) from error
+    work = plans.with_workloads(args.max_memory, args.threads)
     if args.json:
-        found = report.plan_json(plan, _workload(args, plan))
-        if drafts is not None:
-            found["drafts"] = report.plan_json(drafts, _workload(args, drafts))
-        show_json(found)
+        _show_values(report.plan_json(*each) for each in work)
     else:
-        plans = [plan] if drafts is None else [plan, drafts]
-        show("\n\n".join(report.plan_text(each, _workload(args, each), long=args.long) for each in plans))
+        show("\n\n".join(report.plan_text(*each, long=args.long) for each in work))
     return 0
 
 
-def _plan_of(args: argparse.Namespace, options: Options) -> Plan:
-    return make_plan(_checkpoint(args), options)
+def _show_values(plans: Iterable[dict[str, Any]]) -> None:
+    """Show a plan as JSON, with that of the MTP layers in it if there is one."""
+    model, *drafts = plans
+    show_json(model | ({"drafts": drafts[0]} if drafts else {}))
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    checkpoint = _checkpoint(args)
-    made = steps_of(checkpoint, Options())
-    problems = [*checkpoint.problems, *made.problems]
-    error = CheckpointError(problems, whole=args.long) if problems else None
-    survey = report.survey_json(checkpoint, made)
+    found = library.inspect(_source(args), **_reading(args))
+    survey = report.survey_json(found.checkpoint, found.made)
+    error = CheckpointError(found.problems, whole=args.long) if found.problems else None
     if args.json:
         show_json(survey)
     else:
         show(report.survey_text(survey, error))
-    return 1 if problems else 0
+    return 1 if error else 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mla_tools.verify import verify_output
-
     folder = Path(args.folder)
-    found = verify_output(folder, quick=args.quick)
+    found = library.verify(folder, quick=args.quick)
     if args.json:
-        told = {"output": str(folder), "files": found.files, "bytes": found.nbytes, "quick": args.quick}
-        show_json({**told, "notes": list(found.notes)})
+        show_json(report.verified_json(found, folder, quick=args.quick))
     else:
-        compared = "all but the data of the weight files" if args.quick else "all bytes"
-        size = report.human_bytes(found.nbytes)
-        lines = [f"{folder}: complete, {found.files} files, {size}; {compared} are as they were written"]
-        show("\n".join([*lines, *(f"  {note}" for note in found.notes)]))
+        show(report.verified_text(found, folder, quick=args.quick))
     return 0
 
 
@@ -252,22 +171,6 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _bar(plan: Plan, rank: int) -> Iterator[Callable[[int], None]]:
-    """Show bytes and time left on a terminal; stay silent elsewhere."""
-    if rank or not sys.stderr.isatty():
-        yield lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as SpeedColumn
-
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), SpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("writing", total=plan.nbytes)
-        yield lambda nbytes: bar.advance(task, nbytes)
-
-
 # --- the options -------------------------------------------------------------------------------------
 
 
@@ -278,8 +181,8 @@ def _source(args: argparse.Namespace) -> str:
     return str(given[0])
 
 
-def _checkpoint(args: argparse.Namespace) -> Checkpoint:
-    return open_checkpoint(locate(_source(args), args.revision, download=args.download))
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": args.revision, "download": args.download}
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -305,17 +208,6 @@ def options_of(args: argparse.Namespace) -> Options:
         overrides=tuple(overrides),
         keep_vision=args.keep_vision,
     )
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def _bytes(text: str) -> int:
-    """Return a size such as 2GB, 512MB, 1.5G or 800000000 in bytes; units are decimal, as for files."""
-    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"--max-memory {shown(text)}: give a size such as 2GB or 500MB")
-    return int(Decimal(found[1]) * _UNITS[found[2].upper()])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -470,7 +362,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep-vision",
         action="store_true",
-        help="copy the tensors for images as they are (default: drop them). mlx_lm.load leaves them out and"
+        help="copy the vision tensors as they are (default: drop them). mlx_lm.load leaves them out and"
         " loads the language model as without this; Kimi K2.5 and K3 then also load in mlx-vlm, Mistral 4"
         " does not (mlx-vlm 0.7.10 does not split kv_b_proj)",
     )
@@ -485,7 +377,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep-mtp",
         action="store_true",
-        help="write the draft layers of DeepSeek V4 to a folder of their own, OUT-mtp, as mlx-vlm's drafters"
+        help="write the MTP layers of DeepSeek V4 to a folder of their own, OUT-mtp, as mlx-vlm's drafters"
         " read them (default: drop them)",
     )
     add(
@@ -496,8 +388,9 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def _threads(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= _MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: give a number from 1 to {_MOST_THREADS}")
+    most = library.MAX_THREADS
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: give a number from 1 to {most}")
     return int(text)
 
 

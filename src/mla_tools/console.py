@@ -79,7 +79,8 @@ def ended(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
     except ClosedError:
         return PIPE_CLOSED
     except KeyboardInterrupt as error:
-        return _failed(MlaToolsError(str(error) or "interrupted; nothing was written"), INTERRUPTED, as_json)
+        notes = getattr(error, "__notes__", ["nothing was written"])
+        return _failed(MlaToolsError("; ".join(["interrupted", *notes])), INTERRUPTED, as_json)
     except Exception as error:
         if debug:
             say(traceback.format_exc())

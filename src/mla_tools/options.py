@@ -1,16 +1,17 @@
-"""What the user asks of a conversion: `Options`, its spelling on a command line, and recipe files."""
+"""What the user asks of a conversion: `Options`, its spelling on a command line, sizes, and recipe files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 from mla_tools.codecs import TargetCodec
 from mla_tools.errors import CheckpointError, UsageError
-from mla_tools.files.place import LocalFile, read_whole
+from mla_tools.files.place import LocalFile, read_whole, shown
 from mla_tools.quantization import QuantSpec
 from mla_tools.spec import DType
 
@@ -22,6 +23,7 @@ __all__ = [
     "Override",
     "parse_embed_q",
     "parse_override",
+    "parse_size",
     "read_recipe",
 ]
 
@@ -126,6 +128,20 @@ def parse_override(text: str) -> Override:
     if not equals or not pattern:
         raise UsageError(f"--q-override {text}: give REGEX=BITS[,GROUP[,MODE]] or REGEX=float")
     return pattern, None if spec == "float" else QuantSpec.parse(spec)
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Return a size such as 2GB, 512MB, 1.5G or 800000000 in bytes; units are decimal, as for files.
+
+    Raises UsageError for anything else.
+    """
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"--max-memory {shown(text)}: give a size such as 2GB or 500MB")
+    return int(Decimal(found[1]) * _UNITS[found[2].upper()])
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

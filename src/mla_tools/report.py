@@ -6,13 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import Checkpoint, Skipped
 from mla_tools.files.place import shown
 from mla_tools.names import NUMBER, fold_files, fold_names, natural, short
 from mla_tools.plan import Plan, Source, Step, Steps, Workload
+
+if TYPE_CHECKING:
+    from mla_tools.verify import Verified
 
 __all__ = [
     "human_bytes",
@@ -21,6 +24,8 @@ __all__ = [
     "summary_text",
     "survey_json",
     "survey_text",
+    "verified_json",
+    "verified_text",
 ]
 
 # Lists of files go on in the next line.
@@ -307,3 +312,25 @@ def _layout_lines(layouts: Mapping[str, int]) -> list[str]:
     if shared:
         return [" and ".join(shared) + (", which are the same here" if len(shared) > 1 else "")]
     return [f"{' or '.join(names):<26} {count:>9,} tensors" for names, count in named.items()]
+
+
+# --- verify ------------------------------------------------------------------------------------------
+
+
+def verified_json(found: Verified, folder: Path, *, quick: bool) -> dict[str, Any]:
+    """Return a check of an output as plain values."""
+    return {
+        "output": str(folder),
+        "files": found.files,
+        "bytes": found.nbytes,
+        "quick": quick,
+        "notes": list(found.notes),
+    }
+
+
+def verified_text(found: Verified, folder: Path, *, quick: bool) -> str:
+    """Return a check of an output as lines; `quick`: the data of the weight files was left out."""
+    compared = "all but the data of the weight files" if quick else "all bytes"
+    size = human_bytes(found.nbytes)
+    line = f"{folder}: complete, {found.files} files, {size}; {compared} are as they were written"
+    return "\n".join([line, *(f"  {note}" for note in found.notes)])
