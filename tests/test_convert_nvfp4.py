@@ -1,4 +1,4 @@
-"""NVFP4 with a second scale: experts move to MLX bit for bit, the other layers are decoded."""
+"""NVFP4 with a global scale: experts move to MLX bit for bit, the other layers are decoded."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ def test_experts_keep_their_bits_and_mlx_lm_loads_them(
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_plan_says_what_is_kept_what_is_decoded_and_why(fmt: str, sample: Sample, tmp_path: Path) -> None:
     made = convert(sample("deepseek_v3", fmt), tmp_path / "out")
-    kept, lost = (note for note in made.notes if "second scale" in note)
+    kept, lost = (note for note in made.notes if "global scale" in note)
     held = len(list(stacks(made)))
     words = [t.exactness for step in made.steps for t in step.targets]
-    assert kept.startswith(f"nvfp4 with a second scale: {held} tensors of experts keep")
+    assert kept.startswith(f"nvfp4 with a global scale: {held} tensors of experts keep")
     assert "on a GPU only" in kept
-    assert lost.startswith(f"nvfp4 with a second scale: {words.count('decoded')} tensors decoded to floats")
+    assert lost.startswith(f"nvfp4 with a global scale: {words.count('decoded')} tensors decoded to floats")
     assert words.count("repacked") == held
 
 
@@ -155,7 +155,7 @@ def test_experts_that_are_wanted_in_floats_are_not_said_to_have_no_place(
     outside = sum(
         t.exactness == "decoded" and ".switch_mlp." not in t.name for step in made.steps for t in step.targets
     )
-    (note,) = (note for note in made.notes if "second scale" in note)
+    (note,) = (note for note in made.notes if "global scale" in note)
     assert f": {outside} tensors decoded" in note
 
 
@@ -280,7 +280,7 @@ def test_what_was_converted_is_copied_and_can_be_decoded_and_quantized(
 
 
 def drop_second(folder: Path, name: str) -> None:
-    """Take the second scale of one tensor out of a sample, and put the rest into one file."""
+    """Take the global scale of one tensor out of a sample, and put the rest into one file."""
     arrays = {n: place for n, place in open_checkpoint(folder).tensors.items() if n != name}
     header, data, end = {}, [], 0
     for n, place in arrays.items():
@@ -392,7 +392,7 @@ def test_any_rows_of_any_experts(experts: int, rows: int, seed: int, data: st.Da
         for w, s, g in zip(held["weight"], held["scales"], each, strict=True)
     ]
     np.testing.assert_array_max_ulp(got, np.array(mx.concatenate(whole)), maxulp=2)
-    kept = codec.joined(codec.to_native(held, start, stop), start)
+    kept = codec.finish(codec.to_native(held, start, stop), start, claim.spec)
     begin = [row // rows for row in range(start, stop) if row % rows == 0]
     scales = kept["global_scale"] if begin else mx.zeros(0)
     assert ("global_scale" in kept) == bool(begin)

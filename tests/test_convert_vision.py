@@ -159,4 +159,4 @@ def test_fp8_images_are_decoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v41"])
 def test_keeping_what_is_not_there_is_an_error(family: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(sample(family)), "--keep-vision"]) == 2
-    assert "--keep-vision: there are no tensors for images" in capsys.readouterr().err
+    assert "--keep-vision: there are no vision tensors" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from mla_tools.architectures import MODEL_TYPES
 from mla_tools.codecs import FORMATS
 from mla_tools.console import ended, say, show, show_json
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
+from mla_tools.files.checkpoint import no_collector
 from mla_tools.files.place import shown
 from mla_tools.options import DTYPES, EMBED_Q, Options, parse_embed_q, parse_override, read_recipe
 from mla_tools.plan import MAX_MEMORY, NETWORK_THREADS, THREADS
@@ -117,6 +118,7 @@ def _told(done: library.Written) -> str:
     return f"{done.folder} is complete already; mla-sanitize verify {done.folder} compares its bytes"
 
 
+@no_collector()
 def _plan(args: argparse.Namespace) -> int:
     options = options_of(args)
     try:
@@ -137,6 +139,7 @@ def _show_values(plans: Iterable[dict[str, Any]]) -> None:
     show_json(model | ({"drafts": drafts[0]} if drafts else {}))
 
 
+@no_collector()
 def _inspect(args: argparse.Namespace) -> int:
     found = library.inspect(_source(args), **_reading(args))
     survey = report.survey_json(found.checkpoint, found.made)

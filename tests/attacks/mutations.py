@@ -64,7 +64,7 @@ AXES = (0, 1, 2, 3, 8, 31, 64, 128, 1 << 20, 1 << 31, 1 << 62, -1)
 OPTIONS = (
     Options(),
     Options(quantize=QuantSpec("affine", 4, 64)),
-    Options(quantize=QuantSpec("affine", 4, 64), recipe="mla_mixed_4_6"),
+    Options(quantize=QuantSpec("affine", 4, 64), quant_predicate="mla_mixed_4_6"),
     Options(quantize=QuantSpec("mxfp4")),
     Options(dequantize=True, dtype=DType.F16),
     Options(embed_q="source", overrides=(("o_proj", QuantSpec("affine", 8, 32)),)),

@@ -674,14 +674,14 @@ def test_inspect_tells_the_same_problems(
 # --- options -----------------------------------------------------------------------------------------
 
 
-def test_a_group_size_that_does_not_divide_leaves_tensors_dense(
+def test_a_group_size_that_does_not_divide_leaves_tensors_unquantized(
     samples: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["-q", "--q-group-size", "128"]
     assert main(["plan", str(samples["bf16"]), *flags]) == 0
     text = capsys.readouterr().out
     note = (
-        "stays dense, because the group size 128 does not divide its last axis of 64:"
+        "unquantized, because the group size 128 does not divide its last axis of 64:"
         " 4 x model.layers.{0..3}.self_attn.embed_q"
     )
     assert note in text

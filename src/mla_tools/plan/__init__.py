@@ -102,8 +102,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, family: Family | None = 
         own = family or family_of(config)
     except CheckpointError as error:
         raise CheckpointError([*checkpoint.problems, *error.problems]) from error
-    options = options.with_dtype_of(config, own.given(config))
-    made = steps_of(checkpoint, options, family)
+    made = steps_of(checkpoint, options.with_dtype_of(config, own.given(config)), family)
     problems = [*checkpoint.problems, *made.problems]
     if problems:
         raise CheckpointError(problems)
