@@ -14,7 +14,7 @@ from mlx.nn.layers.distributed import shard_inplace
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 
-from mla_tools.mla import shard_mla_projections, split_kv_b_proj_weights
+from mla_tools import shard_mla_projections, split_kv_b_proj_weights
 
 # ---- the model file
 

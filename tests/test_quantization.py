@@ -54,7 +54,7 @@ def random(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-@pytest.mark.parametrize("module", ["mla_tools.quantization", "mla_tools.mla"])
+@pytest.mark.parametrize("module", ["mla_tools.quantization", "mla_tools.mla", "mla_tools.kv_b"])
 def test_importing_does_not_import_mlx(module: str) -> None:
     code = f"import sys, {module}; print(*({{'mlx', 'mlx_lm'}} & set(sys.modules)), end='')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from mla_tools.files.safetensors import layout
 from mla_tools.files.writer import Writer
-from mla_tools.spec import DType, Spec
+from mla_tools.spec import DType, Spec, spec_of
 
 # What the values of each dtype are, said by other people's libraries.
 MEANING: dict[str, np.dtype] = {
@@ -89,3 +89,15 @@ def test_sizes_are_those_of_a_numpy_array(shape: list[int], dtype: DType) -> Non
 def test_text() -> None:
     assert str(Spec((7168, 2048), DType.F8_E4M3)) == "F8_E4M3 [7168, 2048]"
     assert str(Spec((), DType.I64)) == "I64 []"
+
+
+@each_dtype
+def test_the_spec_of_an_array_is_what_its_file_said(dtype: DType) -> None:
+    array = mx.zeros((2, 3), getattr(mx, dtype.mlx))
+    # MLX has no 8-bit floats and holds their bytes.
+    held = DType.U8 if dtype.name.startswith("F8") else dtype
+    assert spec_of(array) == Spec((2, 3), held)
+
+
+def test_an_array_that_no_checkpoint_holds_has_no_spec() -> None:
+    assert spec_of(mx.zeros(2, mx.complex64)) is None

@@ -7,7 +7,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mla_tools import convert
     from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError
-    from mla_tools.mla import merge_kv_b_proj_weights, shard_mla_projections, split_kv_b_proj_weights
+    from mla_tools.kv_b import merge_kv_b_proj_weights, split_kv_b_proj_weights
+    from mla_tools.mla import shard_mla_projections
     from mla_tools.options import Options
     from mla_tools.quantization import QuantSpec
     from mla_tools.weights import sanitize
@@ -40,10 +41,10 @@ _HOMES = {
     "Problem": "errors",
     "QuantSpec": "quantization",
     "UsageError": "errors",
-    "merge_kv_b_proj_weights": "mla",
+    "merge_kv_b_proj_weights": "kv_b",
     "sanitize": "weights",
     "shard_mla_projections": "mla",
-    "split_kv_b_proj_weights": "mla",
+    "split_kv_b_proj_weights": "kv_b",
 }
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["DType", "Spec"]
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+__all__ = ["DType", "Spec", "spec_of"]
 
 
 class DType(Enum):
@@ -89,3 +92,13 @@ class Spec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.dtype.name} [{', '.join(map(str, self.shape))}]"
+
+
+# By the names that MLX's dtypes print; 8-bit floats are bytes there.
+_HELD = {dtype.mlx.rstrip("_"): dtype for dtype in DType if not dtype.name.startswith("F8")}
+
+
+def spec_of(array: mx.array) -> Spec | None:
+    """Return the spec of an array as `mx.load` gives it; None where no checkpoint holds its dtype."""
+    dtype = _HELD.get(str(array.dtype).rpartition(".")[2])
+    return None if dtype is None else Spec(tuple(array.shape), dtype)

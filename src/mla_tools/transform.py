@@ -1,4 +1,7 @@
-"""One slab of a step, arrays to arrays: the one place where numbers are decoded, changed and encoded."""
+"""One slab of a step, arrays to arrays: the one place where numbers are decoded, changed and encoded.
+
+`whole` is the slab of everything, for arrays that are all there.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,38 @@ from mla_tools.codecs import repacking
 from mla_tools.errors import DataError, MlaToolsError
 from mla_tools.ops import Block, Slab
 from mla_tools.overflow import floats_of, holds_infinity, is_narrower, refuse_far_apart, refuse_infinite
-from mla_tools.plan import Source, Step, Target
-from mla_tools.spec import DType
+from mla_tools.spec import DType, Spec
+from mla_tools.steps import Source, Step, Target
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["named", "transform"]
+__all__ = ["named", "transform", "whole"]
 
 Parts = Mapping[str, "mx.array"]
+
+
+def whole(step: Step, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the stored tensors that a step makes of those among `weights`, by name and unevaluated."""
+    slab = Slab(_blocks([source.spec for source in step.sources]), _blocks([t.spec for t in step.targets]))
+    parts = [
+        {
+            part: weights[name].reshape(-1, weights[name].shape[-1] if weights[name].ndim else 1)
+            for part, name in source.parts.items()
+        }
+        for source in step.sources
+    ]
+    result: dict[str, mx.array] = {}
+    for target, made in zip(step.targets, transform(step, slab, parts), strict=True):
+        stored = target.stored()
+        for part, array in made.items():
+            name = target.parts[part]
+            result[name] = array.reshape(stored[name].shape)
+    return result
+
+
+def _blocks(specs: Sequence[Spec]) -> tuple[Block, ...]:
+    return tuple(Block(index, 0, spec.rows, spec.shape) for index, spec in enumerate(specs))
 
 
 def transform(

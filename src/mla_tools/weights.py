@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tools.architectures import Family
 from mla_tools.errors import CheckpointError, Problem
-from mla_tools.ops import Block, Slab
 from mla_tools.options import EmbedQ, Options
-from mla_tools.plan import Step, make_steps
-from mla_tools.spec import DType, Spec
-from mla_tools.transform import transform
+from mla_tools.plan import make_steps
+from mla_tools.spec import Spec, spec_of
+from mla_tools.transform import whole
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -41,20 +40,17 @@ def sanitize(
     specs: dict[str, Spec] = {}
     problems = []
     for name, array in weights.items():
-        dtype = _DTYPES.get(str(array.dtype).rpartition(".")[2])
-        if dtype is None:
+        spec = spec_of(array)
+        if spec is None:
             problems.append(Problem(name, "no checkpoint holds this dtype", found=str(array.dtype)))
         else:
-            specs[name] = Spec(tuple(array.shape), dtype)
+            specs[name] = spec
     made = make_steps(specs, keys, Options(embed_q=embed_q))
     if problems or made.problems:
         raise CheckpointError([*problems, *made.problems])
     result: dict[str, mx.array] = {}
     for step in made.steps:
-        for target, parts in zip(step.targets, _whole(step, weights), strict=True):
-            for part, array in parts.items():
-                name = target.parts[part]
-                result[name] = array.reshape(target.stored()[name].shape)
+        result |= whole(step, weights)
     if _is_untied(made.family, keys):
         result = {name: array for name, array in result.items() if not name.startswith("lm_head.")}
     return result
@@ -64,28 +60,3 @@ def _is_untied(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether `convert` writes an output head that the class of this config, being tied, has no place for."""
     tied = "tie_word_embeddings"
     return bool(family.numbers(config).get(tied)) and not family.rewritten(config).get(tied)
-
-
-def _whole(step: Step, weights: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
-    """Run a step as the one slab of everything."""
-    slab = _everything(step)
-    parts = [
-        {
-            part: weights[name].reshape(-1, weights[name].shape[-1] if weights[name].ndim else 1)
-            for part, name in source.parts.items()
-        }
-        for source in step.sources
-    ]
-    return transform(step, slab, parts)
-
-
-def _everything(step: Step) -> Slab:
-    def blocks(specs: list[Spec]) -> tuple[Block, ...]:
-        return tuple(Block(index, 0, spec.rows, spec.shape) for index, spec in enumerate(specs))
-
-    return Slab(
-        blocks([source.spec for source in step.sources]), blocks([target.spec for target in step.targets])
-    )
-
-
-_DTYPES = {dtype.mlx.rstrip("_"): dtype for dtype in DType if not dtype.name.startswith("F8")}

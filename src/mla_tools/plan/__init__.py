@@ -28,8 +28,8 @@ from mla_tools.plan.matching import match
 from mla_tools.plan.memory import MAX_MEMORY, NETWORK_THREADS, SLAB_ELEMENTS, THREADS, Workload
 from mla_tools.plan.notes import EmbedQCost, notes
 from mla_tools.plan.plan import Plan
-from mla_tools.plan.steps import Drop, Exactness, Source, Step, Target
 from mla_tools.spec import Spec
+from mla_tools.steps import Drop, Exactness, Source, Step, Target
 from mla_tools.table import Table
 
 __all__ = [

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from mla_tools.codecs import Codec, Dense, Module, bare, bundle, part_name
 from mla_tools.errors import Problem
-from mla_tools.plan.steps import Drop, Source
 from mla_tools.spec import Spec
+from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
 __all__ = ["Claimed", "claim"]

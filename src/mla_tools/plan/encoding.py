@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from mla_tools.codecs import Codec, Dense, Native, TargetCodec, part_name, repacking, stored_as
+from mla_tools.codecs import Codec, Dense, Native, TargetCodec, stored_as
 from mla_tools.errors import Problem
 from mla_tools.names import short
 from mla_tools.ops import Same
 from mla_tools.options import EMBED_Q, Options
 from mla_tools.plan.gathering import Group
 from mla_tools.plan.matching import Kept
-from mla_tools.plan.steps import Exactness, Source, Step, Target
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Param
 from mla_tools.spec import DType, Spec
+from mla_tools.steps import Step, Target, exactness, made_by
 
 __all__ = ["Encoded", "encode", "is_exempt"]
 
@@ -68,12 +68,12 @@ def _copied(kept: Kept, made: Encoded) -> Step:
     source, name = kept.source, kept.name
     codec = Dense(source.spec.dtype)
     moved = source.codec == codec
-    exactness = _exactness([source], {source.codec}, codec, source.spec.dtype, moved)
+    word = exactness([source], codec, source.spec.dtype, moved=moved)
     if name in made.vision:
         cause = "The checkpoint mixes two layouts."
         made.problems.append(Problem(name, "duplicate", "one of them", cause=cause))
     made.vision.add(name)
-    return Step(Same(), (source,), (Target(name, source.spec, codec, {"weight": name}, exactness, moved),))
+    return Step(Same(), (source,), (Target(name, source.spec, codec, {"weight": name}, word, moved),))
 
 
 def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
@@ -85,10 +85,7 @@ def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
         made.params[name] = route.param
         keeps = op.keeps_last_axis(output)
         codec, dtype = _choose(name, spec, route.param, keeps, codecs, options, layers, made)
-        moved = keeps and all(one.quantized and repacking(one, codec) is not None for one in codecs)
-        parts = {part: part_name(name, part) for part in codec.encoded(spec)}
-        exactness = _exactness(sources, codecs, codec, dtype, moved)
-        targets.append(Target(name, Spec(spec.shape, dtype), codec, parts, exactness, moved))
+        targets.append(made_by(op, output, sources, name, Spec(spec.shape, dtype), codec))
     return Step(op, sources, tuple(targets))
 
 
@@ -199,34 +196,6 @@ def _in_format(codec: TargetCodec, spec: Spec, dtype: DType) -> tuple[TargetCode
     except ValueError:
         return Dense(dtype), dtype
     return codec, dtype
-
-
-def _exactness(
-    sources: Sequence[Source], codecs: Collection[Codec], codec: Codec, dtype: DType, moved: bool
-) -> Exactness:
-    quantized = any(one.quantized for one in codecs)
-    nominal = {source.spec.dtype for source in sources}
-    if dtype.kind == "int":
-        # An op has looked whether the numbers fit.
-        return "copied" if nominal == {dtype} else "repacked"
-    if moved:
-        # The form that holds a source's numbers exactly can be wider than the dtype of its scales.
-        exact = {native.dtype for one in codecs if (native := one.native) is not None}
-        if any(_narrower(dtype, other) for other in exact):
-            return "rounded"
-        return "copied" if all(one == codec for one in codecs) else "repacked"
-    if codec.quantized:
-        return "requantized" if quantized else "encoded"
-    if quantized:
-        return "decoded"
-    if nominal == {dtype}:
-        return "copied"
-    return "rounded" if any(_narrower(dtype, other) for other in nominal) else "repacked"
-
-
-def _narrower(dtype: DType, other: DType) -> bool:
-    """Whether not every number of `other` is one of `dtype`; bf16 and f16 do not hold each other."""
-    return dtype is not other and dtype is not DType.F32
 
 
 def _indivisible(path: str, width: int, spec: QuantSpec, because: str) -> Problem:

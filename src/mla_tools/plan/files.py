@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mla_tools.files.safetensors import Layout, layout
-from mla_tools.plan.steps import Step
 from mla_tools.spec import Spec
+from mla_tools.steps import Step
 
 __all__ = ["SHARD_BYTES", "OutputFile", "lay_out"]
 

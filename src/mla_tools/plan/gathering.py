@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from mla_tools.errors import Problem
 from mla_tools.names import NUMBER, short, template
 from mla_tools.plan.matching import Matched, shape_text
-from mla_tools.plan.steps import Source
 from mla_tools.rules import Route
+from mla_tools.steps import Source
 from mla_tools.table import Table
 
 __all__ = ["Gathered", "Group", "gather"]

@@ -12,7 +12,7 @@ from mla_tools.codecs import SCALES
 from mla_tools.errors import Problem
 from mla_tools.names import short, template
 from mla_tools.plan.claiming import Claimed
-from mla_tools.plan.steps import Drop, Source
+from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
 __all__ = ["Application", "Kept", "Matched", "match", "shape_text"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mla_tools.errors import MlaToolsError
 from mla_tools.ops import Same
-from mla_tools.plan.steps import Source, Step, Target
+from mla_tools.steps import Source, Step, Target
 
 __all__ = ["MAX_MEMORY", "NETWORK_THREADS", "SLAB_ELEMENTS", "THREADS", "Workload", "workload"]
 

@@ -15,9 +15,9 @@ from mla_tools.ops import Indices, Same
 from mla_tools.options import Options
 from mla_tools.plan.config import brief
 from mla_tools.plan.encoding import Encoded, is_exempt
-from mla_tools.plan.steps import Step
 from mla_tools.precision import expected_error
 from mla_tools.spec import DType
+from mla_tools.steps import Step
 
 __all__ = ["EmbedQCost", "embed_q_costs", "notes"]
 

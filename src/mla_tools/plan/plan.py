@@ -13,7 +13,7 @@ from mla_tools.options import Options
 from mla_tools.plan.files import OutputFile
 from mla_tools.plan.memory import MAX_MEMORY, NETWORK_THREADS, THREADS, Workload, workload
 from mla_tools.plan.notes import EmbedQCost, embed_q_costs
-from mla_tools.plan.steps import Drop, Step
+from mla_tools.steps import Drop, Step
 
 __all__ = ["Plan"]
 

@@ -1,18 +1,18 @@
-"""The values that a plan is made of: tensors of the checkpoint, of the output, and the steps between."""
+"""The values that a plan is made of: tensors of the source, of the output, and the steps between."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from mla_tools.codecs import Codec, TargetCodec, part_name
+from mla_tools.codecs import Codec, TargetCodec, part_name, repacking
 from mla_tools.names import short
 from mla_tools.ops import Op, Slab
-from mla_tools.spec import Spec
+from mla_tools.spec import DType, Spec
 
-__all__ = ["Drop", "Exactness", "Source", "Step", "Target"]
+__all__ = ["Drop", "Exactness", "Source", "Step", "Target", "exactness", "made_by"]
 
 Exactness = Literal["copied", "repacked", "rounded", "decoded", "encoded", "requantized"]
 
@@ -109,3 +109,48 @@ class Drop:
 
     source: Source
     reason: str
+
+
+def made_by(
+    op: Op, output: int, sources: Sequence[Source], name: str, spec: Spec, codec: TargetCodec
+) -> Target:
+    """Return the target that an output of an op becomes, stored by this codec.
+
+    `spec` has the shape that the op infers and the float dtype to compute in. Packed rows are moved where
+    the op leaves them rows and the codec takes them as they are.
+    """
+    codecs = {source.codec for source in sources}
+    moved = op.keeps_last_axis(output) and all(
+        one.quantized and repacking(one, codec) is not None for one in codecs
+    )
+    parts = {part: part_name(name, part) for part in codec.encoded(spec)}
+    return Target(name, spec, codec, parts, exactness(sources, codec, spec.dtype, moved=moved), moved)
+
+
+def exactness(sources: Sequence[Source], codec: Codec, dtype: DType, *, moved: bool) -> Exactness:
+    """Return how exact a target is that is computed in `dtype`, or moved, and stored by this codec."""
+    # There may be hundreds of sources, and few codecs.
+    codecs = {source.codec for source in sources}
+    quantized = any(one.quantized for one in codecs)
+    nominal = {source.spec.dtype for source in sources}
+    if dtype.kind == "int":
+        # An op has looked whether the numbers fit.
+        return "copied" if nominal == {dtype} else "repacked"
+    if moved:
+        # The form that holds a source's numbers exactly can be wider than the dtype of its scales.
+        exact = {native.dtype for one in codecs if (native := one.native) is not None}
+        if any(_narrower(dtype, other) for other in exact):
+            return "rounded"
+        return "copied" if all(one == codec for one in codecs) else "repacked"
+    if codec.quantized:
+        return "requantized" if quantized else "encoded"
+    if quantized:
+        return "decoded"
+    if nominal == {dtype}:
+        return "copied"
+    return "rounded" if any(_narrower(dtype, other) for other in nominal) else "repacked"
+
+
+def _narrower(dtype: DType, other: DType) -> bool:
+    """Whether not every number of `other` is one of `dtype`; bf16 and f16 do not hold each other."""
+    return dtype is not other and dtype is not DType.F32
