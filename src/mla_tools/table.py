@@ -46,7 +46,12 @@ class Table:
         self.rules = tuple(rules)
         self.drops = tuple(drops)
         declared = [route for rule in rules for route in rule.routes() if all(route.where.values())]
-        read = {text for route in declared for text in route.source} | {drop.source for drop in drops}
+        read: dict[str, list[Mapping[str, Domain]]] = {}
+        for text, where in (
+            *((text, route.where) for route in declared for text in route.source),
+            *((drop.source, drop.where) for drop in drops),
+        ):
+            read.setdefault(text, []).append(where)
         self.routes = (*self._known(declared), *self._there(declared, read))
         self._modules: dict[str, int] = {}
         self._lookup: dict[tuple[str, ...], list[tuple[int, int, tuple[Domain, ...]]]] = {}
@@ -72,14 +77,16 @@ class Table:
             for route in declared
         ]
 
-    def _there(self, declared: Sequence[Route], read: set[str]) -> list[Route]:
-        """Return the routes of what has a target's form already."""
+    def _there(
+        self, declared: Sequence[Route], read: Mapping[str, Sequence[Mapping[str, Domain]]]
+    ) -> list[Route]:
+        """Return the routes of what has a target's form already; `read` are names of others."""
         found = []
         for route in declared:
             shapes = route.per_target()
             if route.first:
                 for text, shape in shapes:
-                    if text not in read:
+                    if not any(_share(text, route.where, where) for where in read.get(text, ())):
                         found.append(self._identity(route, text, text, shape, (self.layout,)))
             alone = len(route.source) == len(route.target) == 1 and not route.gathered
             if alone and not route.scattered and shapes[0][1] != route.shapes[0]:
@@ -223,6 +230,11 @@ def _picker(places: Sequence[int]) -> Callable[[tuple[int, ...]], tuple[int, ...
         return itemgetter(*places)
     first = places[0] if places else 0
     return itemgetter(slice(first, first + len(places)))
+
+
+def _share(text: str, one: Mapping[str, Domain], other: Mapping[str, Domain]) -> bool:
+    """Whether two domains of a template's indices have a name in common."""
+    return all(_overlap(one[index], other[index]) for index in template(text).indices)
 
 
 def _overlap(a: Domain, b: Domain) -> bool:

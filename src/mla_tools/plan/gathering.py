@@ -84,7 +84,7 @@ def _incomplete(
     known = dict(zip(route.shared, key, strict=True))
     needed = short(template(route.source[0]).fold(known, route.where))
     word = "expert" if route.gathered[-1:] == ("e",) else "part"
-    numbers = [NUMBER.split(name)[-2] for name in missing]
+    numbers = [pieces[-2] if len(pieces := NUMBER.split(name)) > 1 else short(name) for name in missing]
     few = ", ".join(numbers[:_TOLD])
     few += f" and {len(numbers) - _TOLD} more" if len(numbers) > _TOLD else ""
     what = f"{word} {few} is missing" if len(missing) == 1 else f"{word}s {few} are missing"
