@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.names import Domain, short, template
-from mla_tools.ops import CutRows, SplitKvB, Stack, SwapLastAxes
+from mla_tools.ops import Split, SplitKvB, Stack, SwapLastAxes
 from mla_tools.rules import Drop, Form, Param, Route, Rule
 from mla_tools.samples import sample_config
 from mla_tools.table import Match, Table
@@ -249,7 +249,7 @@ PAIR = Rule(
     ("q.{l}.w", "k.{l}.w"),
     (
         Form("hub", ("wq.{l}.w", "wk.{l}.w"), ((4, 3), (2, 3)), each=True),
-        Form("fused", ("qk.{l}.w",), ((6, 3),), CutRows((4, 2))),
+        Form("fused", ("qk.{l}.w",), ((6, 3),), Split((4, 2))),
         Form("transposed", ("wq.t.{l}.w", "wk.t.{l}.w"), ((3, 4), (3, 2)), SwapLastAxes(), each=True),
     ),
     {"l": range(3)},

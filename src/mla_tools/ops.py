@@ -11,9 +11,12 @@ cut between rows but not within them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
+from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from mla_tools import mla
@@ -26,24 +29,23 @@ if TYPE_CHECKING:
 __all__ = [
     "AddPadding",
     "Block",
-    "ConcatRows",
+    "Concat",
     "Copies",
-    "CutRows",
     "DropPadding",
+    "Flatten",
     "Indices",
-    "JoinRows",
     "MergeKvB",
     "Op",
     "Same",
     "Slab",
+    "Split",
     "SplitKvB",
-    "SplitRows",
     "Stack",
-    "StackRows",
     "SwapLastAxes",
     "TakeFirst",
+    "Then",
+    "Unflatten",
     "Unstack",
-    "UnstackRows",
 ]
 
 # Rows are cut at multiples of this where a slab is long enough, so that formats with blocks of
@@ -108,6 +110,12 @@ def _runs(count: int, step: int, alignment: int = 1) -> Iterator[tuple[int, int]
 
 def _rows(width: int, limit: int) -> int:
     return limit // max(1, width)
+
+
+def _backwards(op: Op, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+    """Yield the slabs of the inverse with what they read and what they write exchanged."""
+    for slab in op.inverse().slabs(op.infer(specs), limit):
+        yield Slab(slab.writes, slab.reads)
 
 
 @dataclass(frozen=True)
@@ -193,9 +201,7 @@ class Unstack:
         return Stack()
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        # The slabs of the way there, read from right to left.
-        for slab in Stack().slabs(self.infer(specs), limit):
-            yield Slab(slab.writes, slab.reads)
+        return _backwards(self, specs, limit)
 
     def keeps_last_axis(self, output: int) -> bool:
         return True
@@ -252,82 +258,93 @@ class TakeFirst:
 
 
 @dataclass(frozen=True)
-class SplitRows:
-    """[…, p*o, i] as p tensors of […, o, i]: fused gate and up projections, [e, 2*o, i] or [2*o, i]."""
+class Split:
+    """One tensor as parts of `lengths` along `axis`, which is not the last: gate and up of [e, 2*o, i]."""
 
-    parts: int = 2
+    lengths: tuple[int, ...]
+    axis: int = 0
 
     def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
         (spec,) = specs
-        if len(spec.shape) < 2 or spec.shape[-2] % self.parts:
-            raise ValueError(f"{spec} cannot be cut into {self.parts} equal parts along its rows")
-        *head, rows, width = spec.shape
-        return (Spec((*head, rows // self.parts, width), spec.dtype),) * self.parts
+        at = _place(self.axis, spec)
+        if at is None or spec.shape[at] != sum(self.lengths):
+            raise ValueError(f"{spec} has no parts of {list(self.lengths)} along axis {self.axis}")
+        head, inner = spec.shape[:at], spec.shape[at + 1 :]
+        return tuple(Spec((*head, length, *inner), spec.dtype) for length in self.lengths)
 
     def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
         import mlx.core as mx
 
-        # A slab reads the same rows of each part; one after the other they are a small fused tensor.
-        fused = arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays), axis=-2)
-        return tuple(mx.split(fused, self.parts, axis=-2))
+        (array,) = arrays
+        *ends, total = accumulate(self.lengths)
+        # A slab is of one part.
+        if array.shape[self.axis] != total:
+            return (array,)
+        return tuple(mx.split(array, ends, axis=self.axis))
 
-    def inverse(self) -> JoinRows:
-        return JoinRows(self.parts)
+    def inverse(self) -> Concat:
+        return Concat(self.lengths, self.axis)
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        first = self.infer(specs)[0]
-        rows, width = first.shape[-2:]
-        for e in range(first.rows // rows):
-            for start, stop in _runs(rows, _rows(width, limit) // self.parts, _ROW_ALIGNMENT):
-                shape = (1, stop - start, width)
-                offsets = [(e * self.parts + part) * rows for part in range(self.parts)]
-                yield Slab(
-                    tuple(Block(0, offset + start, offset + stop, shape) for offset in offsets),
-                    tuple(
-                        Block(part, e * rows + start, e * rows + stop, shape) for part in range(self.parts)
-                    ),
-                )
+        return _backwards(self, specs, limit)
 
     def keeps_last_axis(self, output: int) -> bool:
         return True
 
 
 @dataclass(frozen=True)
-class JoinRows:
-    """p tensors of […, o, i] as one […, p*o, i], the inverse of `SplitRows`."""
+class Concat:
+    """Tensors of `lengths` along `axis` one after the other, the inverse of `Split`."""
 
-    parts: int = 2
+    lengths: tuple[int, ...]
+    axis: int = 0
 
     def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
         first = specs[0]
-        if len(specs) != self.parts or any(spec.shape != first.shape for spec in specs):
-            raise ValueError(f"{', '.join(map(str, specs))} are not {self.parts} equal parts of one tensor")
-        *head, rows, width = first.shape
-        return (Spec((*head, rows * self.parts, width), first.dtype),)
+        at = _place(self.axis, first)
+        if at is not None:
+            head, inner = first.shape[:at], first.shape[at + 1 :]
+            if [spec.shape for spec in specs] == [(*head, length, *inner) for length in self.lengths]:
+                return (Spec((*head, sum(self.lengths), *inner), first.dtype),)
+        found = ", ".join(map(str, specs))
+        raise ValueError(f"{found} are not parts of {list(self.lengths)} along axis {self.axis}")
 
     def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
         import mlx.core as mx
 
-        return (mx.concatenate(list(arrays), axis=-2),)
+        return (mx.concatenate(list(arrays), axis=self.axis),)
 
-    def inverse(self) -> SplitRows:
-        return SplitRows(self.parts)
+    def inverse(self) -> Split:
+        return Split(self.lengths, self.axis)
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        # One part at a time: a run of rows is one block on both sides.
-        rows, width = specs[0].shape[-2:]
-        for e in range(specs[0].rows // rows):
-            for part in range(self.parts):
-                for start, stop in _runs(rows, _rows(width, limit), _ROW_ALIGNMENT):
-                    shape = (1, stop - start, width)
-                    there = (e * self.parts + part) * rows
+        # One part at a time: a run of it is one block on both sides.
+        (whole,) = self.infer(specs)
+        at = self.axis % len(whole.shape)
+        inner = whole.shape[at + 1 :]
+        rows, size = prod(inner[:-1]), prod(inner)
+        starts = list(accumulate(self.lengths, initial=0))
+        # The longest is first, so that no slab is larger than the first.
+        parts = sorted(range(len(specs)), key=lambda index: -self.lengths[index])
+        for e in range(prod(whole.shape[:at])):
+            for index in parts:
+                length = self.lengths[index]
+                here, there = e * length, e * starts[-1] + starts[index]
+                for start, stop in _runs(length, _rows(size, limit), _ROW_ALIGNMENT):
+                    shape = (*(1,) * at, stop - start, *inner)
                     yield Slab(
-                        (Block(part, e * rows + start, e * rows + stop, shape),),
-                        (Block(0, there + start, there + stop, shape),),
+                        (Block(index, (here + start) * rows, (here + stop) * rows, shape),),
+                        (Block(0, (there + start) * rows, (there + stop) * rows, shape),),
                     )
 
     def keeps_last_axis(self, output: int) -> bool:
         return True
+
+
+def _place(axis: int, spec: Spec) -> int | None:
+    """Return where this axis is, counted from the first; None if the tensor has none, or it is the last."""
+    count = len(spec.shape)
+    return axis % count if -count <= axis < count and (axis + 1) % count else None
 
 
 @dataclass(frozen=True)
@@ -399,8 +416,7 @@ class MergeKvB:
         return SplitKvB(self.nope, self.value)
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        for slab in self.inverse().slabs(self.infer(specs), limit):
-            yield Slab(slab.writes, slab.reads)
+        return _backwards(self, specs, limit)
 
     def keeps_last_axis(self, output: int) -> bool:
         return False
@@ -437,86 +453,7 @@ class SwapLastAxes:
 
 
 @dataclass(frozen=True)
-class ConcatRows:
-    """Tensors of [o, …, i] one after the other along their first axis, as long as `lengths` say.
-
-    `swap`: with the last two axes swapped, as `SwapLastAxes` does it: convolutions [c, 1, k] of q, k
-    and v as one of MLX's [3c, k, 1].
-    """
-
-    lengths: tuple[int, ...]
-    swap: bool = False
-
-    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
-        inner = specs[0].shape[1:]
-        if not inner or [spec.shape for spec in specs] != [(length, *inner) for length in self.lengths]:
-            found = ", ".join(map(str, specs))
-            raise ValueError(f"{found} are not parts of {list(self.lengths)} rows of one tensor")
-        whole = Spec((sum(self.lengths), *inner), specs[0].dtype)
-        return SwapLastAxes().infer([whole]) if self.swap else (whole,)
-
-    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
-        import mlx.core as mx
-
-        parts = [array.swapaxes(-1, -2) for array in arrays] if self.swap else list(arrays)
-        return (mx.concatenate(parts),)
-
-    def inverse(self) -> CutRows:
-        return CutRows(self.lengths, self.swap)
-
-    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        offset = 0
-        for index, spec in enumerate(specs):
-            (made,) = SwapLastAxes().infer([spec]) if self.swap else (spec,)
-            length, size = spec.shape[0], spec.size // spec.shape[0]
-            for start, stop in _runs(length, _rows(size, limit), _ROW_ALIGNMENT):
-                blocks = []
-                for number, first, whole in ((index, 0, spec), (0, offset, made)):
-                    rows = whole.rows // length
-                    shape = (stop - start, *whole.shape[1:])
-                    blocks.append(Block(number, (first + start) * rows, (first + stop) * rows, shape))
-                yield Slab((blocks[0],), (blocks[1],))
-            offset += length
-
-    def keeps_last_axis(self, output: int) -> bool:
-        return not self.swap
-
-
-@dataclass(frozen=True)
-class CutRows:
-    """One tensor cut along its first axis into parts of `lengths`, the inverse of `ConcatRows`."""
-
-    lengths: tuple[int, ...]
-    swap: bool = False
-
-    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
-        (spec,) = SwapLastAxes().infer(specs) if self.swap else specs
-        if spec.shape[0] != sum(self.lengths):
-            raise ValueError(f"{spec} has no parts of {list(self.lengths)} rows")
-        return tuple(Spec((length, *spec.shape[1:]), spec.dtype) for length in self.lengths)
-
-    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
-        (array,) = arrays
-        whole = array.swapaxes(-1, -2) if self.swap else array
-        ends = list(accumulate(self.lengths))
-        # A slab holds rows of one part.
-        if whole.shape[0] != ends[-1]:
-            return (whole,)
-        return tuple(whole[end - length : end] for end, length in zip(ends, self.lengths, strict=True))
-
-    def inverse(self) -> ConcatRows:
-        return ConcatRows(self.lengths, self.swap)
-
-    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        for slab in self.inverse().slabs(self.infer(specs), limit):
-            yield Slab(slab.writes, slab.reads)
-
-    def keeps_last_axis(self, output: int) -> bool:
-        return not self.swap
-
-
-@dataclass(frozen=True)
-class StackRows:
+class Unflatten:
     """[c * rows, i] as [c, rows, i]: a block-diagonal matrix that is stored with its blocks on end."""
 
     rows: int
@@ -533,8 +470,8 @@ class StackRows:
         # A slab is a number of blocks, or a piece of one.
         return (array.reshape(-1, min(self.rows, array.shape[0]), array.shape[-1]),)
 
-    def inverse(self) -> UnstackRows:
-        return UnstackRows(self.rows)
+    def inverse(self) -> Flatten:
+        return Flatten(self.rows)
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
         (spec,) = specs
@@ -552,8 +489,8 @@ class StackRows:
 
 
 @dataclass(frozen=True)
-class UnstackRows:
-    """[c, rows, i] as [c * rows, i], the inverse of `StackRows`."""
+class Flatten:
+    """[c, rows, i] as [c * rows, i], the inverse of `Unflatten`."""
 
     rows: int
 
@@ -567,12 +504,11 @@ class UnstackRows:
         (array,) = arrays
         return (array.reshape(-1, array.shape[-1]),)
 
-    def inverse(self) -> StackRows:
-        return StackRows(self.rows)
+    def inverse(self) -> Unflatten:
+        return Unflatten(self.rows)
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        for slab in self.inverse().slabs(self.infer(specs), limit):
-            yield Slab(slab.writes, slab.reads)
+        return _backwards(self, specs, limit)
 
     def keeps_last_axis(self, output: int) -> bool:
         return True
@@ -634,8 +570,7 @@ class AddPadding:
         return DropPadding(self.length, self.padded)
 
     def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
-        for slab in self.inverse().slabs(self.infer(specs), limit):
-            yield Slab(slab.writes, slab.reads)
+        return _backwards(self, specs, limit)
 
     def keeps_last_axis(self, output: int) -> bool:
         return False
@@ -678,3 +613,95 @@ class Indices:
 
     def keeps_last_axis(self, output: int) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Then:
+    """Two ops one after the other, with one tensor between them: three convolutions [c, 1, k] as [3*c, k, 1].
+
+    The slabs are those of `first`, if `second` can work on each block that they write by itself; otherwise
+    the inverse's, read backwards. `infer` refuses two ops that have neither.
+    """
+
+    first: Op
+    second: Op
+
+    def infer(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        made = self.second.infer([self._between(specs)])
+        if not self._carries(specs) and not self.inverse()._carries(made):
+            first, second = (type(op).__name__ for op in (self.first, self.second))
+            raise ValueError(f"{first} and then {second} cannot be done block by block")
+        return made
+
+    def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        return self.second.apply(self.first.apply(arrays))
+
+    def inverse(self) -> Then:
+        return Then(self.second.inverse(), self.first.inverse())
+
+    def slabs(self, specs: Sequence[Spec], limit: int) -> Iterator[Slab]:
+        if not self._carries(specs):
+            yield from _backwards(self, specs, limit)
+            return
+        between = self._between(specs)
+        # What `second` makes may be larger than what it is made of.
+        size = max(1, between.size, sum(spec.size for spec in self.second.infer([between])))
+        for slab in self.first.slabs(specs, limit * between.size // size):
+            yield Slab(slab.reads, _carried(self.second, between, slab.writes[0]))
+
+    def keeps_last_axis(self, output: int) -> bool:
+        return self.first.keeps_last_axis(0) and self.second.keeps_last_axis(output)
+
+    def _between(self, specs: Sequence[Spec]) -> Spec:
+        between = self.first.infer(specs)
+        if len(between) != 1:
+            raise ValueError(f"{type(self.first).__name__} makes {len(between)} tensors, not one")
+        return between[0]
+
+    def _carries(self, specs: Sequence[Spec]) -> bool:
+        """Return whether `second` can work on each block that `first` writes by itself.
+
+        The smallest and the largest block are asked about: those between are of the same kind.
+        """
+        between = self._between(specs)
+        try:
+            for limit in (1, sys.maxsize):
+                for slab in islice(self.first.slabs(specs, limit), 1):
+                    _carried(self.second, between, slab.writes[0])
+        except ValueError:
+            return False
+        return True
+
+
+def _carried(op: Op, spec: Spec, block: Block) -> tuple[Block, ...]:
+    """Return the blocks that an op makes of a block of its one input; ValueError if it cannot work on that.
+
+    It can if the block has whole all axes but the first ones, those that the op leaves where they are.
+    """
+    outputs = op.infer([spec])
+    axis = _first_axes(op, spec, outputs)
+    rest = spec.shape[axis:]
+    lead = block.shape[: len(block.shape) - len(rest)]
+    made = op.infer([Spec(block.shape, spec.dtype)])
+    shapes = [(*lead, *output.shape[axis:]) for output in outputs]
+    if block.shape != (*lead, *rest) or [each.shape for each in made] != shapes:
+        raise ValueError(f"{type(op).__name__} cannot work on a block {list(block.shape)} of {spec}")
+    first, last = (row // prod(rest[:-1]) for row in (block.start, block.stop))
+    rows = [prod(output.shape[axis:-1]) for output in outputs]
+    return tuple(
+        Block(index, first * count, last * count, shape)
+        for index, (count, shape) in enumerate(zip(rows, shapes, strict=True))
+    )
+
+
+def _first_axes(op: Op, spec: Spec, outputs: Sequence[Spec]) -> int:
+    """Return how many of the first axes of its one input an op leaves where they are, of any length."""
+    # Found by lengths that no other axis has.
+    longest = max(max(each.shape, default=0) for each in (spec, *outputs))
+    for count in range(len(spec.shape) - 1, 0, -1):
+        lead = tuple(range(longest + 1, longest + 1 + count))
+        with suppress(ValueError):
+            made = op.infer([Spec((*lead, *spec.shape[count:]), spec.dtype)])
+            if [each.shape for each in made] == [(*lead, *output.shape[count:]) for output in outputs]:
+                return count
+    return 0

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mla_tools.architectures.geometry import OPEN, Geometry, label
 from mla_tools.names import Domain, template
-from mla_tools.ops import SplitKvB, SplitRows, Stack
+from mla_tools.ops import Split, SplitKvB, Stack
 from mla_tools.quantization import QuantSpec
 from mla_tools.rules import HUB, Drop, Form, Param, Rule
 
@@ -209,7 +209,9 @@ def fused_experts(prefix: str, target: str, count: int, hidden: int, inner: int,
         each=True,
         because=single[0].because,
     )
-    fused = Form(HUB, (f"{prefix}.gate_up_proj",), ((count, inner * 2, hidden),), SplitRows())
+    fused = Form(
+        HUB, (f"{prefix}.gate_up_proj",), ((count, inner * 2, hidden),), Split((inner, inner), axis=-2)
+    )
     whole = Rule.of(f"{prefix}.down_proj", down.target, (count, hidden, inner), where=where, param=EXPERT)
     return [
         Rule((*gate.target, *up.target), (fused, pair), where, EXPERT),

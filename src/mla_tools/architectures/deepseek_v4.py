@@ -21,7 +21,7 @@ from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import OPEN, Geometry, label
 from mla_tools.errors import Problem
 from mla_tools.names import Domain
-from mla_tools.ops import CutRows, Indices, Op, Same, SplitRows, Stack
+from mla_tools.ops import Indices, Op, Same, Split, Stack
 from mla_tools.rules import HUB, Drop, Form, Param, Rule
 
 __all__ = ["FAMILY", "Place", "attention", "collapse", "connections", "mixture"]
@@ -169,7 +169,7 @@ def attention(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
     queries, latent = parts.pop("wq_a.weight"), parts.pop("wkv.weight")
     pair = (queries.theirs, latent.theirs)
     lengths = (queries.shape[0], latent.shape[0])
-    both = at.fused("attn.wqkv_a.weight", ((sum(lengths), queries.shape[1]),), CutRows(lengths))
+    both = at.fused("attn.wqkv_a.weight", ((sum(lengths), queries.shape[1]),), Split(lengths))
     return [
         at.rule(
             [names[name] for name in pair],
@@ -201,7 +201,7 @@ def compressor(
     hidden = g.dim("hidden_size")
     width = size * 2 if ratio == _SPARSE else size
     pair = (("wkv", "kv_proj"), ("wgate", "gate_proj"))
-    both = at.fused(f"{name}.wkv_gate.weight", ((width * 2, hidden),), CutRows((width, width)))
+    both = at.fused(f"{name}.wkv_gate.weight", ((width * 2, hidden),), Split((width, width)))
     return [
         at.rule(
             [[f"{name}.{theirs}.weight", f"{others}.{hub}.weight"] for theirs, hub in pair],
@@ -254,7 +254,7 @@ def mixture(g: Geometry, at: Place, where: blocks.Where, hashed: Domain) -> list
         rules.append(at.linear(names, names[-1], shape, where))
     # transformers holds two as one, and the down projections without a ".weight".
     fused, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-    both = at.fused(fused, ((count, inner * 2, hidden),), SplitRows(), _TRANSFORMERS)
+    both = at.fused(fused, ((count, inner * 2, hidden),), Split((inner, inner), axis=-2), _TRANSFORMERS)
     whole = at.fused(down, ((count, hidden, inner),), _SAME, _TRANSFORMERS)
     return [
         *rules,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mla_tools.architectures.blocks import Shape
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.ops import Op, Same, StackRows
+from mla_tools.ops import Op, Same, Unflatten
 
 __all__ = ["Part", "attention_parts"]
 
@@ -40,7 +40,7 @@ def attention_parts(g: Geometry) -> list[Part]:
         Part("wq_b.weight", "q_b_proj.weight", (heads * size, rank)),
         Part("wkv.weight", "kv_proj.weight", (size, hidden)),
         Part("kv_norm.weight", "kv_norm.weight", (size,)),
-        Part("wo_a.weight", "o_a_proj.weight", (groups * inner, wide), StackRows(inner)),
+        Part("wo_a.weight", "o_a_proj.weight", (groups * inner, wide), Unflatten(inner)),
         Part("wo_b.weight", "o_b_proj.weight", (hidden, groups * inner)),
         Part("attn_sink", "sinks", (heads,)),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mla_tools.architectures import blocks
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.ops import ConcatRows, Op, Same, SwapLastAxes
+from mla_tools.ops import Concat, Op, Same, SwapLastAxes, Then
 from mla_tools.rules import HUB, Form, Param, Rule
 
 __all__ = ["delta_attention"]
@@ -35,8 +35,11 @@ def delta_attention(
     rules = []
     for names in ("qkv",) if joined else "qkv":
         for theirs, ours, shape in (("proj", "proj", (inner, hidden)), ("conv1d", conv, (inner, 1, kernel))):
-            swap = theirs == "conv1d"
-            op: Op = SwapLastAxes() if swap else Same()
+            convolution = theirs == "conv1d"
+            op: Op = SwapLastAxes() if convolution else Same()
+            if joined:
+                concat = Concat((inner,) * 3)
+                op = Then(concat, op) if convolution else concat
             rules.append(
                 Rule(
                     (f"{prefix}.{names}_{ours}.weight",),
@@ -45,11 +48,11 @@ def delta_attention(
                             HUB,
                             tuple(f"{prefix}.{name}_{theirs}.weight" for name in names),
                             (shape,) * len(names),
-                            ConcatRows((inner,) * 3, swap=swap) if joined else op,
+                            op,
                         ),
                     ),
                     where,
-                    Param(quantizable=not swap),
+                    Param(quantizable=not convolution),
                 )
             )
     for gate in "fg":
