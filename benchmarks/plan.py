@@ -1,4 +1,4 @@
-"""Seconds and memory to plan the largest checkpoints: DeepSeek-V3.2, Kimi K2.5 in int4, and one of Kimi K3's size.
+"""Seconds and memory to plan the largest checkpoints: DeepSeek-V3.2, Kimi K2.5, and one of Kimi K3's size.
 
     python benchmarks/plan.py
 
@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -78,14 +77,23 @@ def main() -> None:
 
 
 def command(folder: str) -> tuple[float, int]:
-    """Return the seconds from the call of `mla-sanitize plan` to its end, best of three, and its peak bytes."""
-    best, peak = float("inf"), 0
+    """Return the seconds from a call of `mla-sanitize plan` to its end, best of three, and its peak bytes."""
+    best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         subprocess.run(["mla-sanitize", "plan", folder], check=True, stdout=subprocess.DEVNULL)
         best = min(best, time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return best, peak
+    child = subprocess.run([sys.executable, "-c", PEAK, folder], check=True, capture_output=True, text=True)
+    return best, int(child.stderr) * 1024
+
+
+# Linux counts into ru_maxrss what the process was before it became the command, VmHWM does not.
+PEAK = """
+import sys
+from mla_tools.cli import main
+main(["plan", sys.argv[1]])
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0], file=sys.stderr)
+"""
 
 
 def kimi_k3() -> tuple[dict[str, Spec], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -58,3 +59,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = {item for item in items if any(map(item.get_closest_marker, rare))}
         config.hook.pytest_deselected(items=[*left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def agreeable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the child process that asks mlx-lm, and return what was called on it."""
+    calls: list[str] = []
+
+    class Check:
+        def __init__(self, config: Any, stored: Any) -> None:
+            calls.append("start")
+
+        def look(self) -> None:
+            pass
+
+        def wait(self) -> None:
+            calls.append("wait")
+
+        def cancel(self) -> None:
+            calls.append("cancel")
+
+    monkeypatch.setattr("mla_tools.verify.ManifestCheck", Check)
+    return calls

@@ -34,28 +34,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def agreeable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace the child process that asks mlx-lm, and return what was called on it."""
-    calls: list[str] = []
-
-    class Check:
-        def __init__(self, config: Any, stored: Any) -> None:
-            calls.append("start")
-
-        def look(self) -> None:
-            pass
-
-        def wait(self) -> None:
-            calls.append("wait")
-
-        def cancel(self) -> None:
-            calls.append("cancel")
-
-    monkeypatch.setattr("mla_tools.verify.ManifestCheck", Check)
-    return calls
-
-
 # --- help --------------------------------------------------------------------------------------------
 
 

@@ -30,28 +30,6 @@ README = Path(__file__).parent.parent / "README.md"
 FOUR = Options(quantize=QuantSpec())
 
 
-@pytest.fixture
-def child(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace the child process that asks mlx-lm, and return what was called on it."""
-    calls: list[str] = []
-
-    class Check:
-        def __init__(self, config: Any, stored: Any) -> None:
-            calls.append("start")
-
-        def look(self) -> None:
-            pass
-
-        def wait(self) -> None:
-            calls.append("wait")
-
-        def cancel(self) -> None:
-            calls.append("cancel")
-
-    monkeypatch.setattr("mla_tools.verify.ManifestCheck", Check)
-    return calls
-
-
 def raising(error: BaseException) -> Callable[[Progress], None]:
     """Return a progress that raises as soon as something is written."""
 
@@ -79,7 +57,9 @@ def test_it_writes_what_the_command_writes_and_says_what(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", [str, Path], ids=["str", "Path"])
-def test_folders_are_text_or_paths(kind: Callable[[object], Any], child: list[str], tmp_path: Path) -> None:
+def test_folders_are_text_or_paths(
+    kind: Callable[[object], Any], agreeable: list[str], tmp_path: Path
+) -> None:
     source, out = sample("deepseek_v3"), tmp_path / "out"
     done = convert(kind(source), kind(out))
     assert done.model.folder == out
@@ -88,7 +68,7 @@ def test_folders_are_text_or_paths(kind: Callable[[object], Any], child: list[st
     assert inspect(kind(source)).made.family.name == "deepseek_v3"
 
 
-def test_memory_and_threads(child: list[str], tmp_path: Path) -> None:
+def test_memory_and_threads(agreeable: list[str], tmp_path: Path) -> None:
     source = sample("deepseek_v3")
     text = convert(source, tmp_path / "text", max_memory="300MB", threads=3).model
     number = convert(source, tmp_path / "number", max_memory=300 * 10**6, threads=3).model
@@ -96,7 +76,7 @@ def test_memory_and_threads(child: list[str], tmp_path: Path) -> None:
     assert contents(text.folder) == contents(number.folder)
 
 
-def test_the_mtp_layers_are_a_model_of_their_own(child: list[str], tmp_path: Path) -> None:
+def test_the_mtp_layers_are_a_model_of_their_own(agreeable: list[str], tmp_path: Path) -> None:
     source, told = sample("deepseek_v4", "deepseek-v4"), []
     done = convert(source, tmp_path / "out", keep_mtp=True, progress=told.append)
     assert [each.folder for each in done] == [tmp_path / "out", tmp_path / "out-mtp"]
@@ -108,7 +88,7 @@ def test_the_mtp_layers_are_a_model_of_their_own(child: list[str], tmp_path: Pat
     }
     for each in done:
         assert verify(each.folder).files == len(contents(each.folder)) - 1
-    assert child == ["start", "wait", "cancel"]
+    assert agreeable == ["start", "wait", "cancel"]
 
 
 def test_a_plan_is_that_of_the_model_unless_mtp_layers_are_kept() -> None:
@@ -141,7 +121,7 @@ def with_config(folder: Path, **changes: object) -> Path:
 # --- progress ----------------------------------------------------------------------------------------
 
 
-def test_progress_begins_with_nothing_and_ends_with_all_bytes(child: list[str], tmp_path: Path) -> None:
+def test_progress_begins_with_nothing_and_ends_with_all_bytes(agreeable: list[str], tmp_path: Path) -> None:
     told: list[Progress] = []
     threads = set()
 
@@ -161,7 +141,7 @@ def test_progress_begins_with_nothing_and_ends_with_all_bytes(child: list[str], 
 
 
 def test_progress_of_a_resumed_conversion_begins_with_what_was_done(
-    child: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agreeable: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mla_tools.output.writing.CHECKPOINT_BYTES", 1)
     source, out = sample("deepseek_v3"), tmp_path / "out"
@@ -199,7 +179,9 @@ def test_the_shares_of_all_processes_are_all_bytes(ranks: int, monkeypatch: pyte
 # --- what is there already ---------------------------------------------------------------------------
 
 
-def test_an_interruption_says_how_to_resume_and_resume_finishes_it(child: list[str], tmp_path: Path) -> None:
+def test_an_interruption_says_how_to_resume_and_resume_finishes_it(
+    agreeable: list[str], tmp_path: Path
+) -> None:
     source, out = sample("deepseek_v3"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt) as raised:
         convert(source, out, FOUR, progress=raising(KeyboardInterrupt()))
@@ -215,17 +197,19 @@ def test_an_interruption_says_how_to_resume_and_resume_finishes_it(child: list[s
     assert again.model.plan.nbytes
 
 
-def test_an_error_of_the_caller_leaves_a_folder_that_can_be_resumed(child: list[str], tmp_path: Path) -> None:
+def test_an_error_of_the_caller_leaves_a_folder_that_can_be_resumed(
+    agreeable: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(ZeroDivisionError) as raised:
         convert(sample("deepseek_v3"), out, progress=raising(ZeroDivisionError()))
     assert "run the same command with --resume" in raised.value.__notes__[0]
     assert is_unfinished(out)
-    assert child == ["start", "cancel"]
+    assert agreeable == ["start", "cancel"]
 
 
 def test_an_interruption_before_the_first_byte_has_no_note(
-    child: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agreeable: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*given: object, **more: object) -> bool:
         raise KeyboardInterrupt
@@ -234,10 +218,10 @@ def test_an_interruption_before_the_first_byte_has_no_note(
     with pytest.raises(KeyboardInterrupt) as raised:
         convert(sample("deepseek_v3"), tmp_path / "out")
     assert not hasattr(raised.value, "__notes__")
-    assert child == ["start", "cancel"]
+    assert agreeable == ["start", "cancel"]
 
 
-def test_overwrite_replaces_an_output_and_nothing_else(child: list[str], tmp_path: Path) -> None:
+def test_overwrite_replaces_an_output_and_nothing_else(agreeable: list[str], tmp_path: Path) -> None:
     source, out = sample("deepseek_v3"), tmp_path / "out"
     convert(source, out)
     before = contents(out)
@@ -279,11 +263,11 @@ def test_wrong_arguments_are_told_before_anything_is_read(
     ("memory", "kind"), [("much", UsageError), ("1MB", MlaToolsError), (0, MlaToolsError)]
 )
 def test_memory_is_told_before_the_class_is_asked_and_the_source_is_read(
-    memory: int | str, kind: type[MlaToolsError], child: list[str], tmp_path: Path
+    memory: int | str, kind: type[MlaToolsError], agreeable: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match="--max-memory"):
         convert(sample("deepseek_v3"), tmp_path / "out", max_memory=memory, check_source=True)
-    assert child == []
+    assert agreeable == []
     assert not (tmp_path / "out").exists()
 
 
@@ -300,7 +284,7 @@ def test_a_path_is_no_name_of_a_repository(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_child_ends_when_the_source_is_not_what_it_should_be(
-    child: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agreeable: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other(*given: object) -> None:
         raise MlaToolsError("other bytes")
@@ -308,7 +292,7 @@ def test_the_child_ends_when_the_source_is_not_what_it_should_be(
     monkeypatch.setattr(executing, "check_source", other)
     with pytest.raises(MlaToolsError, match="other bytes"):
         convert(sample("deepseek_v3"), tmp_path / "out", check_source=True)
-    assert child == ["start", "cancel"]
+    assert agreeable == ["start", "cancel"]
     assert not (tmp_path / "out").exists()
 
 
@@ -336,7 +320,7 @@ def test_a_class_that_does_not_agree_ends_it(tmp_path: Path, monkeypatch: pytest
     assert is_unfinished(tmp_path / "out")
 
 
-def test_mlx_is_left_as_it_was(child: list[str], tmp_path: Path) -> None:
+def test_mlx_is_left_as_it_was(agreeable: list[str], tmp_path: Path) -> None:
     limit = mx.set_cache_limit(123456789)
     try:
         device = mx.default_device()
@@ -408,7 +392,9 @@ def test_importing_the_package_loads_nothing_and_the_calls_nothing_heavy() -> No
     assert python(f"import sys; import mla_tools.convert; print({heavy} & set(sys.modules))") == "set()"
 
 
-def test_the_example_of_the_readme(tmp_path: Path, child: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_readme(
+    tmp_path: Path, agreeable: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = [text.partition("```")[0] for text in README.read_text().split("```python\n")[1:]]
     (example,) = (text for text in blocks if "from mla_tools.convert import" in text)
     (tmp_path / "DeepSeek-V3").symlink_to(sample("deepseek_v3"))

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from mla_tools.codecs import Codec, TargetCodec, part_name, repacking
+from mla_tools.errors import MlaToolsError
 from mla_tools.names import short
 from mla_tools.ops import Op, Slab
 from mla_tools.spec import DType, Spec
@@ -81,7 +82,14 @@ class Step:
         slab may be larger.
         """
         specs = [source.spec for source in self.sources]
+        most = sum(spec.size for spec in specs)
         while not self._are_aligned(slabs := list(self.op.slabs(specs, limit))):
+            if limit > most:
+                target = self.targets[0]
+                raise MlaToolsError(
+                    f"{target.label} cannot be written as {target.codec.name}: what it is made of does not"
+                    f" begin at a multiple of {target.codec.rows_together} rows"
+                )
             limit *= 2
         return slabs
 
