@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import Checkpoint, Skipped
 from mla_tools.files.place import shown
 from mla_tools.names import NUMBER, fold_files, fold_names, natural, short
-from mla_tools.plan import Plan, Source, Step, Steps, Workload
+from mla_tools.plan import Plan, Step, Steps, Workload
 
 if TYPE_CHECKING:
     from mla_tools.verify import Verified
@@ -121,7 +122,7 @@ def _skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
 def _step_lines(steps: Sequence[Step], long: bool) -> list[str]:
     groups: dict[tuple[str, str, str, int], list[str]] = defaultdict(list)
     for number, step in enumerate(steps):
-        before = _formats(step.sources)
+        before = _formats(step)
         for target in step.targets:
             after = target.codec.name
             change = after if before == after else f"{before} -> {after}"
@@ -138,8 +139,8 @@ def _step_lines(steps: Sequence[Step], long: bool) -> list[str]:
     return lines
 
 
-def _formats(sources: Iterable[Source]) -> str:
-    return " + ".join(dict.fromkeys(source.codec.name for source in sources))
+def _formats(step: Step) -> str:
+    return " + ".join(dict.fromkeys(codec.name for codec in step.codecs))
 
 
 def _origin_lines(steps: Sequence[Step], long: bool) -> list[str]:
@@ -163,8 +164,11 @@ def _origin_lines(steps: Sequence[Step], long: bool) -> list[str]:
     return lines
 
 
+_DIGITS = re.compile("[0-9]+")
+
+
 def _words(names: Iterable[str]) -> str:
-    return " ".join("".join(c for c in name if not c.isdigit()) for name in names)
+    return " ".join(_DIGITS.sub("", name) for name in names)
 
 
 # More lines than this for one reason are told as whole layers; --long names every tensor.
@@ -207,7 +211,7 @@ def plan_json(plan: Plan, workload: Workload) -> dict[str, Any]:
             {
                 "name": target.name,
                 "shape": list(target.spec.shape),
-                "from": _formats(step.sources),
+                "from": _formats(step),
                 "to": target.codec.name,
                 "exactness": target.exactness,
                 "sources": [source.name for source in step.sources],
