@@ -376,7 +376,8 @@ def test_the_array_functions_load_no_planner() -> None:
     loaded = python("""
 import sys
 from mla_tools import shard_mla_projections, split_kv_b_proj_weights
-print(*sorted({name.split(".")[1] for name in sys.modules if name.startswith("mla_tools.")}), "mlx" in sys.modules)
+rooms = {name.split(".")[1] for name in sys.modules if name.startswith("mla_tools.")}
+print(*sorted(rooms), "mlx" in sys.modules)
 """)
     codecs = {"codecs", "kernels", "overflow", "spec", "steps", "transform"}
     engine = {"errors", "kv_b", "mla", "names", "ops", "quantization"} | codecs
