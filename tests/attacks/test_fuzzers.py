@@ -42,6 +42,12 @@ def test_any_mutated_output_is_finished_or_refused_and_nothing_else_is_touched(d
     outputs.check(lambda count: data.draw(st.integers(0, count - 1)))
 
 
+def test_a_companion_of_another_size_is_not_read() -> None:
+    # new 10 -> sparse -> generation_config.json -> resume
+    choices = iter([2, 1, 12, 3, 2, 0])
+    assert "generation_config.json exists already" in outputs.check(lambda _: next(choices))
+
+
 def test_every_moment_of_an_output_can_be_acted_on() -> None:
     made = outputs.bench()
     states = sorted(made.states)

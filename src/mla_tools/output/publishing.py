@@ -71,10 +71,10 @@ def _copied(folder: Directory, companion: Planned) -> tuple[int, str]:
     source = companion.file.open()
     try:
         digest = hashlib.sha256()
-        if name in folder:  # an earlier run has come as far as this, or somebody else has
+        if status := folder.status(name):  # an earlier run has come as far as this, or somebody else has
             for piece in pieces(source, source.size):
                 digest.update(piece.data)
-            if sha256_in(folder, name) != digest.hexdigest():
+            if status.st_size != source.size or sha256_in(folder, name) != digest.hexdigest():
                 folder.check_free(name)
         else:
             folder.remove(partial)
