@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mla_tools.codecs import Codec, Dense, Native, TargetCodec, stored_as
 from mla_tools.errors import Problem
@@ -43,11 +43,28 @@ class _Choice:
     """How a target is to be stored: as MLX quantizes it, in another format, or (None) in floats.
 
     `because`: the option that asks for it by name; then a group that does not divide is refused.
+    `override` is the pattern of the override that decides, and `named` whether config.json must name it.
+    `all`: what -q asks of all modules, where that is why this one is quantized; its group must divide too.
     """
 
     wanted: QuantSpec | TargetCodec | None
     because: str = ""
+    override: str = ""
     named: bool = False
+    all: QuantSpec | None = None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a target is stored, and the float dtype in which it is computed.
+
+    `group` is the size of the groups that do not divide its rows, where it is in floats because of that.
+    """
+
+    codec: TargetCodec
+    dtype: DType
+    choice: _Choice
+    group: int | None = None
 
 
 def encode(groups: Sequence[Group], kept: Sequence[Kept], options: Options, layers: int) -> Encoded:
@@ -79,73 +96,76 @@ def _copied(kept: Kept, made: Encoded) -> Step:
 def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
     route, sources, op = group.route, group.sources, group.route.op
     specs = op.infer([source.spec for source in sources])
-    codecs = {source.codec for source in sources}
+    codecs = list({source.codec: None for source in sources})
     targets = []
     for output, (name, spec) in enumerate(zip(route.targets(group.key), specs, strict=True)):
+        path, keeps = short(name), op.keeps_last_axis(output)
+        choice = _choice(path, route.param, keeps, codecs, options, layers)
+        stored = _stored(choice, spec, route.param, keeps, codecs, options)
+        _note(made, path, stored, spec.width)
         made.params[name] = route.param
-        keeps = op.keeps_last_axis(output)
-        codec, dtype = _choose(name, spec, route.param, keeps, codecs, options, layers, made)
-        targets.append(made_by(op, output, sources, name, Spec(spec.shape, dtype), codec))
+        targets.append(made_by(op, output, sources, name, Spec(spec.shape, stored.dtype), stored.codec))
     return Step(op, sources, tuple(targets))
 
 
-def _choose(
-    name: str,
+def _note(made: Encoded, path: str, stored: _Stored, width: int) -> None:
+    """Add what is worth saying of a target to what the stage returns."""
+    choice = stored.choice
+    if choice.override:
+        made.overridden.add(choice.override)
+    if choice.named and stored.codec.quantized:
+        made.named.add(path)
+    if stored.group is None:
+        return
+    if choice.because:
+        made.problems.append(_indivisible(path, width, choice))
+    else:
+        made.indivisible.setdefault((stored.group, width), []).append(path)
+
+
+def _stored(
+    choice: _Choice,
     spec: Spec,
     param: Param,
     keeps_last_axis: bool,
-    codecs: Collection[Codec],
+    codecs: Sequence[Codec],
     options: Options,
-    layers: int,
-    made: Encoded,
-) -> tuple[TargetCodec, DType]:
-    """Return how a target is stored, and the float dtype in which it is computed.
-
-    `codecs` are those of the tensors that it is made of.
-    """
-    dtype, path = spec.dtype, short(name)
+) -> _Stored:
+    """Return how a target of this spec is stored; `codecs` are those of the tensors that it is made of."""
+    dtype, wanted = spec.dtype, choice.wanted
     if dtype.kind == "float" and param.cast and options.dtype is not None:
         dtype = options.dtype
-    choice = _choice(path, param, keeps_last_axis, codecs, options, layers, made)
-    wanted = choice.wanted
-    if isinstance(wanted, QuantSpec) and not _divides(wanted, spec.width, options, choice):
-        if choice.because:
-            made.problems.append(_indivisible(path, spec.width, wanted, choice.because))
-        else:
-            group = options.quantize.group_size if options.quantize else wanted.group_size
-            made.indivisible.setdefault((group, spec.width), []).append(path)
-        wanted = None
-    if wanted is None:
-        return Dense(dtype), dtype
-    if not isinstance(wanted, QuantSpec):
-        return _in_format(wanted, spec, dtype)
-    if choice.named:
-        made.named.add(path)
-    rows = spec.shape[-2] if param.global_scale and keeps_last_axis else None
-    return stored_as(wanted, dtype, list(codecs), rows)
-
-
-def _divides(wanted: QuantSpec, width: int, options: Options, choice: _Choice) -> bool:
-    # mlx_lm.convert asks for the group size of -q, whatever a module's own is.
-    given = options.quantize
-    return wanted.divides(width) and (choice.because != "" or given is None or given.divides(width))
+    floats = _Stored(Dense(dtype), dtype, choice)
+    if isinstance(wanted, QuantSpec):
+        # mlx_lm.convert asks for the group size of -q, whatever a module's own is.
+        for group in (choice.all or wanted, wanted):
+            if not group.divides(spec.width):
+                return replace(floats, group=group.group_size)
+        rows = spec.shape[-2] if param.global_scale and keeps_last_axis else None
+        return _Stored(*stored_as(wanted, dtype, codecs, rows), choice)
+    if wanted is not None:
+        try:
+            wanted.encoded(spec)
+        except ValueError:
+            return floats
+        return _Stored(wanted, dtype, choice)
+    return floats
 
 
 def _choice(
     path: str,
     param: Param,
     keeps_last_axis: bool,
-    codecs: Collection[Codec],
+    codecs: Sequence[Codec],
     options: Options,
     layers: int,
-    made: Encoded,
 ) -> _Choice:
     """Return what the options say of a module."""
     if not param.quantizable:
         return _Choice(None)
     if override := options.overriding(path):
-        made.overridden.add(override[0])
-        return _Choice(override[1], f"The override {override[0]!r} asks for it.")
+        pattern, spec = override
+        return _Choice(spec, f"The override {pattern!r} asks for it.", pattern)
     if options.format is not None:
         return _Choice(options.format)
     if options.quantize is not None and not is_exempt(param, options):
@@ -178,10 +198,11 @@ def _quantized(path: str, param: Param, layers: int, options: Options) -> _Choic
     assert options.quantize is not None
     if options.quant_predicate:
         group = options.quantize.group_size
-        return _Choice(recipe_spec(options.quant_predicate, path, layers, group), named=True)
+        spec = recipe_spec(options.quant_predicate, path, layers, group)
+        return _Choice(spec, named=True, all=options.quantize)
     if param.spec is not None:
-        return _Choice(param.spec, named=True)
-    return _Choice(options.quantize)
+        return _Choice(param.spec, named=True, all=options.quantize)
+    return _Choice(options.quantize, all=options.quantize)
 
 
 def is_exempt(param: Param, options: Options) -> bool:
@@ -189,20 +210,13 @@ def is_exempt(param: Param, options: Options) -> bool:
     return param.dense and options.quant_predicate is None
 
 
-def _in_format(codec: TargetCodec, spec: Spec, dtype: DType) -> tuple[TargetCodec, DType]:
-    """Return the codec where it can store a tensor of this spec, and floats where it cannot."""
-    try:
-        codec.encoded(spec)
-    except ValueError:
-        return Dense(dtype), dtype
-    return codec, dtype
-
-
-def _indivisible(path: str, width: int, spec: QuantSpec, because: str) -> Problem:
+def _indivisible(path: str, width: int, choice: _Choice) -> Problem:
+    spec = choice.wanted
+    assert isinstance(spec, QuantSpec)
     return Problem(
         path,
         f"cannot be quantized as {spec}",
         needed=f"a last axis that is a multiple of {spec.group_size}",
         found=f"{width}",
-        cause=because,
+        cause=choice.because,
     )
