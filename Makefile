@@ -1,10 +1,10 @@
-# make demo   a tiny FP8 DeepSeek-V3, converted to 4 bits and made to speak
-# make demo-v4  the same with a tiny DeepSeek-V4 in its own FP8 and FP4, every bit kept
+# make demo   a tiny FP8 DeepSeek-V3, converted to 4 bits and run
+# make demo-v4  the same with a tiny DeepSeek-V4 in its own FP8 and FP4, converted bit for bit
 # make test   the tests
 # make test-all  the tests with every family in every format and flag; writes docs/matrix.md
 # make oracle  all tests of the oracle, and tests/oracle.lock if they pass
 # make check  format, lint and types
-# Both set up everything they need in .venv; only Python 3.11 or newer must be there.
+# Each installs all it needs in .venv; it needs only Python 3.11 or newer.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,9 +26,9 @@ demo-v4: .venv/runtime
 	rm -rf demo-v4
 	@echo "--- a random DeepSeek-V4 in the layout and the formats of the real one"
 	$(BIN)/mla-sanitize sample deepseek_v4 demo-v4/source --format deepseek-v4
-	@echo "--- what a conversion will do: FP8 and FP4 move to MLX's modes as they are"
+	@echo "--- what a conversion will do: FP8 and FP4 move to MLX's modes unchanged"
 	$(BIN)/mla-sanitize plan demo-v4/source
-	@echo "--- do it, and write the draft layer to a folder of its own"
+	@echo "--- do it, and write the MTP layer to a second folder"
 	$(BIN)/mla-sanitize convert demo-v4/source --mlx-path demo-v4/mlx --keep-mtp
 	@echo "--- run it with the class in mla_tools; the weights are random, and so is the text"
 	$(BIN)/python -m mlx_lm generate --model demo-v4/mlx --trust-remote-code --prompt "Hello" --max-tokens 16

@@ -245,7 +245,7 @@ def _dialect_a(weights: Arrays) -> Numbers:
 
 
 def _dialect_c(weights: Arrays) -> Numbers:
-    """exo: fused wq_a with wkv and wkv with wgate, hyper-connections in modules of their own."""
+    """exo: fused wq_a with wkv and wkv with wgate, hyper-connections in single modules."""
     stored: Stored = {}
     for name, array in weights.items():
         if name.endswith(("attn.wkv.weight", "wgate.weight")):

@@ -321,10 +321,10 @@ def test_options(flags: list[str], wanted: Options, command: str) -> None:
 
 
 CONTRADICTIONS: list[Any] = [
-    pytest.param(["--q-bits", "4"], "--q-bits .* needs -q", id="bits"),
+    pytest.param(["--q-bits", "4"], "--q-bits: not allowed without -q", id="bits"),
     pytest.param(["--q-group-size", "64", "--q-mode", "affine"], "--q-group-size, --q-mode", id="two"),
     pytest.param(["-q", "-d"], "not both", id="q_and_d"),
-    pytest.param(["--quant-predicate", "mixed_2_6"], "needs -q", id="recipe"),
+    pytest.param(["--quant-predicate", "mixed_2_6"], "not allowed without -q", id="recipe"),
     pytest.param(["-q", "--q-mode", "mxfp4", "--quant-predicate", "mixed_2_6"], "affine", id="recipe_mode"),
     pytest.param(["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 .* no bits 8", id="mode_bits"),
     pytest.param(["-q", "--q-group-size", "48"], "no group size 48", id="group"),

@@ -41,8 +41,8 @@ LISTS = {
     "overlap": ([1, 2, 3], [3, 4], "3 in both"),
     "hole": ([1, 2], [4], "3 in neither"),
     "both": ([1, 2, 4], [4], "4 in both; 3 in neither"),
-    "from-0": ([0, 1, 2], [3], "whole numbers from 1 to 4"),
-    "full-from-0": ([1, 2, 3], [0], "whole numbers from 1 to 4"),
+    "from-0": ([0, 1, 2], [3], "integers from 1 to 4"),
+    "full-from-0": ([1, 2, 3], [0], "integers from 1 to 4"),
 }
 
 
@@ -67,7 +67,7 @@ def test_a_count_of_mtp_layers_that_the_tensors_do_not_bear_out_is_noted(count: 
     edited(tmp_path / "source", num_nextn_predict_layers=count)
     (note,) = notes(tmp_path / "source", "num_nextn_predict_layers")
     assert note == (
-        f"num_nextn_predict_layers is {count} in config.json, and the tensors hold 1: layers 4, dropped"
+        f"num_nextn_predict_layers is {count} in config.json, but the checkpoint has 1: layers 4, dropped"
     )
 
 
@@ -100,7 +100,7 @@ def test_a_section_that_the_tensors_do_not_bear_out_is_noted(four_bits: Path, tm
     section = {"group_size": 32, "bits": 8, "mode": "affine"}
     edited(four_bits, quantization=section, quantization_config=section)
     (note,) = notes(four_bits, "quantization in config.json says")
-    assert "says affine 8-bit g32 and the tensors are affine 4-bit g64, which counts" in note
+    assert "says affine 8-bit g32 but the tensors are affine 4-bit g64, and this is used" in note
     convert(four_bits, tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"}

@@ -205,8 +205,8 @@ UNFORESEEN: dict[str, tuple[Exception, str]] = {
     "without a text": (KeyError(), "itself failed (KeyError)"),
     "escape": (ValueError("\x1b[2J"), r"itself failed (ValueError: \x1b[2J)"),
     "disk": (OSError(5, "Input/output error", "/some/file"), "error: /some/file: Input/output error"),
-    "files": (OSError(24, "Too many open files"), "error: Too many open files (ulimit -n says how many"),
-    "memory": (MemoryError(), "there is not enough memory; --max-memory makes"),
+    "files": (OSError(24, "Too many open files"), "error: Too many open files (ulimit -n shows how many"),
+    "memory": (MemoryError(), "there is not enough memory; a conversion needs less"),
     "recursion": (RecursionError("maximum recursion depth exceeded"), "itself failed (RecursionError"),
     "text": (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), "itself failed (UnicodeEncodeError"),
 }
@@ -277,8 +277,8 @@ ARGUMENTS: dict[str, tuple[list[str], int, str]] = {
     "threads": (["plan", "SRC", "--threads", "1" + "0" * 30], 2, "give a number from 1 to 1024"),
     "threads of digits": (["plan", "SRC", "--threads", "٣"], 2, "give a number from 1 to 1024"),
     "memory": (["plan", "SRC", "--max-memory", "9" * 400], 2, "give a size such as 2GB or 500MB"),
-    "little memory": (["plan", "SRC", "--max-memory", "1"], 1, "the least is --max-memory"),
-    "seed": (["sample", "deepseek_v3", "OUT", "--seed", "-1"], 2, "--seed: -1: give a number from 0 up"),
+    "little memory": (["plan", "SRC", "--max-memory", "1"], 1, "at least --max-memory"),
+    "seed": (["sample", "deepseek_v3", "OUT", "--seed", "-1"], 2, "--seed: -1: give a number, 0 or more"),
     "a place": (
         ["sample", "deepseek_v3", "/dev/null/x"],
         1,
@@ -299,7 +299,7 @@ ARGUMENTS: dict[str, tuple[list[str], int, str]] = {
     "hash": (
         ["convert", "SRC", "--mlx-path", "OUT", "--check-source"],
         1,
-        "the hash that the hub gives is not",
+        "the hub's hash is not known",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Kimi K2.5 is Kimi K2 beside an image encoder, Kimi-VL a DeepSeek-V3: they give the logits of these."""
+"""Kimi K2.5 is Kimi K2 beside a vision encoder, Kimi-VL a DeepSeek-V3: they give the logits of these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES = {
 }
 
 # One of each kind. Source: the header listing of Kimi K2.5.
-IMAGES = {
+VISION = {
     "vision_tower.patch_embed.pos_emb.weight": (4, 4, 64),
     "vision_tower.patch_embed.proj.weight": (64, 3, 14, 14),
     "vision_tower.patch_embed.proj.bias": (64,),
@@ -38,7 +38,7 @@ IMAGES = {
 def images(family: str) -> dict[str, tuple[int, ...]]:
     """Return the tensors for images, with their shapes."""
     projector = FAMILIES[family][2]
-    return IMAGES | {
+    return VISION | {
         f"{projector}.{module}.{part}": shape
         for module in ("pre_norm", "proj.0", "proj.2")
         for part, shape in (("weight", (64, 64)), ("bias", (64,)))
@@ -75,7 +75,7 @@ def test_the_logits_are_those_of_the_language_model(
     inner = FAMILIES[family][0]
     source = wrap(family, checkpoint(inner, storage), tmp_path / "source")
     plan = convert(source, tmp_path / "out", "--dtype", dtype)
-    left_out = [drop.source.name for drop in plan.drops if drop.reason.startswith("image ")]
+    left_out = [drop.source.name for drop in plan.drops if drop.reason.startswith("vision ")]
     assert sorted(left_out) == sorted(images(family))
     wanted = reference_truth(inner, storage, None if dtype == "float32" else dtype)
     prefill, decode = relative_error(mlx_logits(tmp_path / "out", float32=True), wanted)

@@ -41,7 +41,7 @@ def test_problems_of_one_kind_that_differ_in_more_say_whose_lines_these_are() ->
     problems = [Problem(f"layers.{k}.w", "missing", f"layers.{k}.v") for k in range(3)]
     assert str(CheckpointError(problems)) == (
         "3 problems\n\n3 x layers.{0..2}.w: missing\n  needed  layers.0.v\n"
-        "  (the lines above are those of the first of 3)"
+        "  (the lines above describe the first of 3)"
     )
 
 
@@ -64,7 +64,7 @@ def gone(*lost: str, file: str = "m-1-of-2.x") -> Problem:
 
 
 def scale(name: str) -> Problem:
-    text = "It looks like a scale whose weight is missing or stored in a format not known here."
+    text = "It looks like a scale whose weight is missing or stored in an unknown format."
     return Problem(f"{name}.weight_scale", "unknown tensor", cause=text)
 
 

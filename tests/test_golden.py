@@ -100,7 +100,7 @@ def test_a_plan_keeps_every_element_and_drops_what_the_model_has_no_place_for(na
     plan = planned(name, "")
     kept = sum(source.spec.size for step in plan.steps for source in step.sources)
     assert plan.parameters == kept
-    reasons = ("multi-token prediction", "image ", "scale of activations", "scale of a quantized KV cache")
+    reasons = ("multi-token prediction", "vision ", "scale of activations", "scale of a quantized KV cache")
     assert all(drop.reason.startswith(reasons) for drop in plan.drops)
     dropped = {
         # An input scale for each packed tensor, and the scales of K and V in each layer.

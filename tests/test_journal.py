@@ -172,8 +172,8 @@ def test_bytes_that_changed_in_a_file_are_refused_where_a_journal_calls_them_don
 ) -> None:
     lines = lines_of(unfinished / JOURNAL)
     for file, sentence in (
-        (plan.files[0], "its bytes are not"),
-        (plan.files[1], "are not as they were written"),
+        (plan.files[0], "its bytes have changed"),
+        (plan.files[1], "have changed since they were written"),
     ):
         partial, offsets = f"{file.name}.partial", file.layout.offsets
         done = _done_in(plan, lines, file)

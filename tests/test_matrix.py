@@ -1,7 +1,7 @@
 """Families in formats: converted, run by mlx-lm, and compared with transformers.
 
 The cells come from the two registries: the families of tests/reference.py, which transformers has a model
-for, with two of them beside an image encoder, and the formats that a sample can be written in. A new one
+for, with two of them beside a vision encoder, and the formats that a sample can be written in. A new one
 joins by itself. Truth is transformers in
 float32 on the decoded weights; that each codec decodes to the right numbers is shown in tests/codecs,
 against implementations of others.
@@ -135,11 +135,12 @@ def table() -> str:
         "# Families and formats",
         "",
         "Relative error of the logits against transformers in float32 on the exactly decoded weights: the",
-        "larger of a 24-token prefill and 6 cached decode steps, on tiny random checkpoints. First what",
-        "`mla-sanitize convert --dtype float32 --embed-q float` makes of a checkpoint, then what mlx-lm",
-        "0.32.2 makes of the same files by itself; off: neither the logits of these weights nor those of the",
-        "weights rounded to bfloat16. MLX has no CPU kernel for experts with a global scale (NVFP4): there",
-        "`mx.dequantize` decodes each expert and `mx.gather_mm` multiplies. Made by `make test-all`.",
+        "larger of the errors of a 24-token prefill and of 6 cached decode steps, on tiny random",
+        "checkpoints. The first column is the output of `mla-sanitize convert --dtype float32 --embed-q",
+        "float`, the second is mlx-lm 0.32.2 on the same files; off: neither the logits of these weights nor",
+        "those of the weights rounded to bfloat16. MLX has no CPU kernel for experts with a global scale",
+        "(NVFP4): there `mx.dequantize` decodes each expert and `mx.gather_mm` multiplies. Made by",
+        "`make test-all`.",
     ]
     for family in COLUMNS:
         lines += ["", f"## {family}", "", "| format | mla-tools | mlx-lm alone |", "|---|---|---|"]
@@ -159,7 +160,7 @@ def read() -> dict[tuple[str, str], tuple[str, str]]:
         family, *rows = section.splitlines()
         for fmt, *both in re.findall(r"^\| (\S+) \| (\S+) \| (.+) \|$", "\n".join(rows), re.MULTILINE):
             if fmt != "format":
-                assert (family, fmt) not in said, "a row is there twice"
+                assert (family, fmt) not in said, "a duplicate row"
                 said[family, fmt] = both[0], both[1]
     return said
 

@@ -79,7 +79,7 @@ def test_a_smaller_budget_makes_smaller_slabs_before_fewer_threads(wide: dict[st
 
 def test_a_budget_that_cannot_work_names_the_smallest_that_can(wide: dict[str, Path]) -> None:
     plan = make_plan(open_checkpoint(wide["fp8"]), Options())
-    with pytest.raises(MlaToolsError, match=r"the least is --max-memory \d+MB") as caught:
+    with pytest.raises(MlaToolsError, match=r"at least --max-memory \d+MB") as caught:
         plan.workload(10**6)
     least = int(str(caught.value).rpartition(" ")[2].removesuffix("MB."))
     assert plan.workload(least * 10**6).peak_bytes <= least * 10**6

@@ -210,7 +210,7 @@ def test_another_source_and_another_version_are_told(
     assert lines[0] == f"{out} was begun with another plan, so it cannot be resumed:"
     assert lines[1] == f"{place}.bytes: was {len(data)}, is {len(data) + 8}"
     assert lines[2].startswith(f"{place}.header_sha256: was '")
-    assert lines[3:] == ["  Start again with --overwrite, or give what it was begun with."]
+    assert lines[3:] == ["  Start again with --overwrite, or use the original source and options."]
     shard.write_bytes(data)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with monkeypatch.context() as patch:
@@ -256,7 +256,7 @@ def test_a_source_that_changed_between_two_runs_is_named(
     assert first.startswith(f"{out} was begun with another source, so it cannot be resumed")
     (line,) = lines
     assert line.startswith(f"  {shard}: was 'inode ")
-    assert last == "  Start again with --overwrite, or give what it was begun with."
+    assert last == "  Start again with --overwrite, or use the original source and options."
     assert digests(out) == before
     execute(planned(copy), out, overwrite=True)
     fresh = tmp_path / "fresh"
@@ -365,8 +365,7 @@ def test_a_complete_folder_has_nothing_left_to_do(
     assert not execute(plan, out, resume=True)
     assert main(["convert", str(source), "--mlx-path", str(out), "--resume"]) == 0
     assert (
-        capsys.readouterr().out
-        == f"{out} is complete already; mla-sanitize verify {out} compares its bytes\n"
+        capsys.readouterr().out == f"{out} is complete already; mla-sanitize verify {out} checks its bytes\n"
     )
     assert {path: path.stat() for path in before}.keys() == before.keys()
     assert all(path.stat().st_mtime_ns == status.st_mtime_ns for path, status in before.items())
@@ -386,7 +385,9 @@ def test_a_complete_folder_that_was_damaged_is_not_called_complete(
     before = digests(out)
     with pytest.raises(MlaToolsError) as caught:
         execute(plan, out, resume=True)
-    assert str(caught.value) == f"{out} is not as it was left, start again with --overwrite: {name}"
+    assert (
+        str(caught.value) == f"{out} has changed since it was written; start again with --overwrite: {name}"
+    )
     assert digests(out) == before
     execute(plan, out, overwrite=True)
     assert digests(out) == wanted
@@ -415,7 +416,7 @@ def test_a_damaged_temporary_file_is_told(
         partial.write_bytes(bytes(partial.stat().st_size))
     with pytest.raises(MlaToolsError) as caught:
         execute(plan, out, resume=True)
-    assert str(caught.value) == f"{partial} is not as it was left; start again with --overwrite"
+    assert str(caught.value) == f"{partial} has changed since it was written; start again with --overwrite"
     execute(plan, out, overwrite=True)
     assert digests(out) == wanted
 
@@ -450,7 +451,7 @@ def test_overwrite_leaves_a_folder_alone_in_which_there_is_anything_else(
     before = {path: path.is_dir() or path.read_bytes() for path in out.iterdir()}
     with pytest.raises(MlaToolsError) as caught:
         execute(plan, out, overwrite=True)
-    said = f"holds what this tool did not make, so it is left alone: {path.name}. Move that away"
+    said = f"holds files that this tool did not make, so nothing was changed: {path.name}. Move them away"
     assert str(caught.value).startswith(f"{out} {said}")
     assert {path: path.is_dir() or path.read_bytes() for path in out.iterdir()} == before
 
@@ -471,7 +472,7 @@ def test_a_model_that_this_tool_did_not_make_is_left_alone(
     if record is not None:
         (out / RECORD).write_text(record)
     before = digests(out)
-    with pytest.raises(MlaToolsError, match=r"as it already exists\. It is no output of this tool"):
+    with pytest.raises(MlaToolsError, match=r"as it already exists\. It is not an output of this tool"):
         execute(plan, out, **flags)
     assert digests(out) == before
 
@@ -519,7 +520,7 @@ def test_the_disk_is_asked_before_anything_is_made(
     with pytest.raises(MlaToolsError) as caught:
         execute(plan, out)
     assert str(caught.value) == (
-        f"the disk of {out} has {needed - 1:,} bytes free, and {needed:,} are needed;"
+        f"the disk of {out} has {needed - 1:,} bytes free, but {needed:,} are needed;"
         " free some space or choose another disk"
     )
     assert list(tmp_path.iterdir()) == []
@@ -542,7 +543,7 @@ def test_what_is_there_already_needs_no_room(
     needed += sum(companion.size for companion in plan.copied)
     monkeypatch.setattr(output_folder, "SMALL_FILES", taken - needed + 1)
     with_free(monkeypatch, 0)
-    with pytest.raises(MlaToolsError, match=f"has {taken:,} bytes free, and {taken + 1:,} are needed"):
+    with pytest.raises(MlaToolsError, match=f"has {taken:,} bytes free, but {taken + 1:,} are needed"):
         execute(plan, out, overwrite=True)
     assert digests(out) == wanted
     with_free(monkeypatch, 1)
@@ -873,7 +874,7 @@ def test_an_output_that_would_fail_again_is_not_advised_to_be_resumed(plan: Plan
 
     notes = {
         MlaToolsError: "run the same command with --resume to finish it",
-        DataError: "--resume would end in the same way: start again with --overwrite",
+        DataError: "--resume would fail again: start again with --overwrite",
         DamagedError: "",
     }
     for kind, note in notes.items():
@@ -897,7 +898,7 @@ def test_an_unfinished_output_says_what_it_is_when_it_is_taken_for_a_checkpoint(
     begun(plan, out)
     assert main(["inspect", str(out)]) == 1
     said = capsys.readouterr().err
-    assert "This is an output of mla-sanitize that is not finished: convert --resume finishes it." in said
+    assert "This is an unfinished output of mla-sanitize: convert --resume finishes it." in said
 
 
 def test_an_output_that_moves_while_it_is_written_is_not_completed(
@@ -923,7 +924,7 @@ def test_a_name_that_the_disk_cannot_hold_is_refused_at_first(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_folder, "longest_name", lambda path: 30)
-    with pytest.raises(MlaToolsError, match=r"takes names of up to 30 bytes.*; too long: model-00001"):
+    with pytest.raises(MlaToolsError, match=r"allows names of up to 30 bytes.*; too long: model-00001"):
         execute(plan, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -974,7 +975,9 @@ def test_a_small_file_of_a_complete_folder_is_compared(name: str, plan: Plan, tm
     data = bytearray((out / name).read_bytes())
     data[-3] ^= 1
     (out / name).write_bytes(data)
-    with pytest.raises(MlaToolsError, match=f"is not as it was left, start again with --overwrite: {name}"):
+    with pytest.raises(
+        MlaToolsError, match=f"has changed since it was written; start again with --overwrite: {name}"
+    ):
         execute(plan, out, resume=True)
 
 
@@ -984,7 +987,7 @@ def test_a_name_that_a_run_had_not_come_to_is_not_its_file(name: str, plan: Plan
     begun(plan, out)
     (out / name).write_text("mine")
     with pytest.raises(
-        MlaToolsError, match=f"holds what this tool did not make, so it is left alone: {name}"
+        MlaToolsError, match=f"holds files that this tool did not make, so nothing was changed: {name}"
     ):
         execute(plan, out, overwrite=True)
     assert (out / name).read_text() == "mine"
@@ -994,7 +997,7 @@ def test_a_name_that_a_run_had_not_come_to_is_not_its_file(name: str, plan: Plan
         execute(plan, last, agrees=lambda: _stop(0))
     (last / f"{name}.partial").touch()
     (last / name).write_text("mine")
-    with pytest.raises(MlaToolsError, match="holds what this tool did not make"):
+    with pytest.raises(MlaToolsError, match="holds files that this tool did not make"):
         execute(plan, last, overwrite=True)
     assert (last / name).read_text() == "mine"
 

@@ -65,7 +65,7 @@ def test_a_recipe_file_says_the_same(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--q-override", "nothing_like_it=8"], "nothing_like_it: decides on no module"),
+        (["--q-override", "nothing_like_it=8"], "nothing_like_it: matches no module"),
         (["--q-override", "(=8"], "not a regular expression"),
         (["--q-override", "lm_head"], "give REGEX=BITS"),
         (["--q-override", "lm_head=9"], "9"),

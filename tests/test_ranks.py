@@ -155,7 +155,7 @@ def test_the_environment_says_which_group_a_process_is_of(
         with pytest.raises(MlaToolsError) as caught:
             launched()
         assert str(caught.value) == (
-            f"{refused} is set, as by a launcher of several processes, and MLX cannot join them"
+            f"{refused} is set, as by a launcher of several processes, but MLX cannot join them"
             " ([distributed] Cannot initialize any backend). Start with mlx.launch or mpirun, or unset"
             f" {refused} to convert in one process."
         )
@@ -166,7 +166,7 @@ def test_a_group_of_another_size_than_the_launcher_started_is_refused(
 ) -> None:
     _set({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "2"}, tmp_path, monkeypatch)
     monkeypatch.setattr(mx.distributed, "init", lambda strict: FourProcesses())
-    with pytest.raises(MlaToolsError, match="is set by a launcher of 2 processes, and MLX joins 4"):
+    with pytest.raises(MlaToolsError, match="is set by a launcher of 2 processes, but MLX joins 4"):
         launched()
 
 

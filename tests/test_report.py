@@ -126,7 +126,7 @@ def test_skipped_files_are_told_by_their_reasons(source: Path, tmp_path: Path) -
     files = text[start:].partition("\n\n")[0]
     assert all(len(line) <= 110 for line in files.splitlines())
     assert files.count("notes about ") == 40
-    assert files.count("not of a kind that is copied") == 1
+    assert files.count("not a kind of file that is copied") == 1
     assert "'bad\\x1bname.md'" in files
     value = plan_json(plan, plan.workload())["skipped_files"]
     assert {"name": "config.json", "reason": "written anew"} in value

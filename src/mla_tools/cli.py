@@ -31,21 +31,21 @@ Turn downloaded checkpoints of MLA models into ones that run on MLX.
   mla-sanitize inspect DIR                      what is this, and is anything wrong with it?
   mla-sanitize plan DIR -q                      what would a conversion to 4 bits do?
   mla-sanitize convert DIR --mlx-path OUT -q    do it
-  mla-sanitize verify OUT                       is it still what was written?
+  mla-sanitize verify OUT                       is it complete and unchanged?
   mlx_lm.generate --model OUT --prompt "..."    run it
 """
 
 _EPILOG = """\
-exit codes: 0 done, 1 it cannot be done or something is wrong, 2 wrong usage, 130 interrupted,
-            141 nobody reads the output any more (as after "| head")
+exit codes: 0 done, 1 an error or a problem, 2 wrong usage, 130 interrupted,
+            141 stdout was closed (as by "| head")
 """
 
 _CONVERT = """\
 Write a folder that mlx_lm.load opens strictly. SRC is a checkpoint folder as it comes from the hub
-(config.json, safetensors, tokenizer) or the name of a repository there, org/name or
-hf://org/name@revision, of which the tensors are read over the network as they are converted: the source
-needs no disk. Everything that is wrong with it is reported in one go before a byte is written; the
-options mean what they mean to mlx_lm.convert.
+(config.json, safetensors, tokenizer), or a repository on the hub, org/name or hf://org/name@revision. The
+tensors of a repository are read over the network while they are converted, so it needs no disk space. All
+problems of the source are reported at once, before a byte is written. The options mean the same as in
+mlx_lm.convert.
 """
 
 _CONVERT_EPILOG = (
@@ -57,9 +57,8 @@ examples:
   mla-sanitize convert Kimi-Linear-48B --dtype float16
   mla-sanitize convert hf://moonshotai/Kimi-Linear-48B-A3B-Instruct@main -q
 
-A quantized source keeps its own encoding unless -q asks for another or -d for none. Of a quantized
-kv_b_proj the V half always keeps its bits; the K half changes its axis, and --embed-q says how it is
-encoded then.
+Without -q and -d, a quantized source keeps its encoding. The V half of a quantized kv_b_proj then keeps its
+bits; the K half changes its axis, and --embed-q says how to encode it.
 
 """
     + _EPILOG
@@ -108,14 +107,14 @@ def _convert(args: argparse.Namespace) -> int:
             {"output": str(each.folder), **report.plan_json(each.plan, each.workload)} for each in done
         )
     else:
-        show("\n".join(map(_told, done)))
+        show("\n".join(map(_summary, done)))
     return 0
 
 
-def _told(done: library.Written) -> str:
+def _summary(done: library.Written) -> str:
     if done.anything:
         return report.summary_text(done.plan, done.folder)
-    return f"{done.folder} is complete already; mla-sanitize verify {done.folder} compares its bytes"
+    return f"{done.folder} is complete already; mla-sanitize verify {done.folder} checks its bytes"
 
 
 @no_collector()
@@ -135,8 +134,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _show_values(plans: Iterable[dict[str, Any]]) -> None:
     """Show a plan as JSON, with that of the MTP layers in it if there is one."""
-    model, *drafts = plans
-    show_json(model | ({"drafts": drafts[0]} if drafts else {}))
+    model, *mtp = plans
+    show_json(model | ({"mtp": mtp[0]} if mtp else {}))
 
 
 @no_collector()
@@ -193,7 +192,7 @@ def options_of(args: argparse.Namespace) -> Options:
     details = {"--q-bits": args.q_bits, "--q-group-size": args.q_group_size, "--q-mode": args.q_mode}
     given = [flag for flag, value in details.items() if value is not None]
     if given and not args.quantize:
-        raise UsageError(f"{', '.join(given)} says how to quantize; it needs -q.")
+        raise UsageError(f"{', '.join(given)}: not allowed without -q.")
     spec = QuantSpec(args.q_mode or "affine", args.q_bits, args.q_group_size) if args.quantize else None
     overrides = [parse_override(text) for text in args.q_override]
     embed_q = None if args.embed_q is None else parse_embed_q(args.embed_q)
@@ -245,45 +244,45 @@ def parser() -> argparse.ArgumentParser:
     there.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace OUT, if this tool made it; what is there goes when writing begins",
+        help="replace OUT if this tool made it; the old files are removed when writing begins",
     )
     convert.add_argument(
         "--check-source",
         action="store_true",
-        help="read the weight files once more beforehand, and compare them with the hashes of the hub",
+        help="first read all weight files, and compare them with the hub's hashes",
     )
     convert.add_argument(
         "--device",
         choices=("cpu", "gpu"),
-        help="where to compute (default: MLX's own choice); the bytes of cpu are the same on every machine",
+        help="where to compute (default: MLX's default); cpu writes the same bytes on every machine",
     )
     convert.set_defaults(run=_convert)
 
     plan = commands.add_parser(
         "plan",
         help="show what convert would do; writes nothing",
-        description="Show what `convert` with the same options would do, from the headers alone.",
+        description="Show what `convert` with the same options would do; only headers are read.",
         epilog=_EPILOG,
         formatter_class=raw,
     )
     _add_source(plan)
     _add_conversion(plan)
-    _add_long(plan, "name every tensor on a line of its own, and tell each problem by itself")
+    _add_long(plan, "list every tensor and every problem separately")
     plan.set_defaults(run=_plan)
 
     inspect = commands.add_parser(
         "inspect",
-        help="what is this: family, geometry, formats, sizes, problems",
-        description="Say what a checkpoint is, from the headers alone. Exit code 1 if anything is wrong.",
+        help="show what a checkpoint is: family, geometry, formats, sizes, problems",
+        description="Show what a checkpoint is; only headers are read. Exit code 1 if anything is wrong.",
         epilog=_EPILOG,
     )
     _add_source(inspect)
-    _add_long(inspect, "tell each problem by itself, every name in full")
+    _add_long(inspect, "list every problem separately, with full names")
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser(
         "verify",
-        help="is an output complete and as it was written?",
+        help="check that an output is complete and unchanged",
         description="Compare an output of convert with its mla_tools.json: sizes, headers, index and sha256.",
         epilog=_EPILOG,
     )
@@ -314,19 +313,21 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="checkpoint folder, or repository on the hub: org/name or hf://org/name@revision",
     )
-    parser.add_argument("--hf-path", "--model", metavar="SRC", help="the same, as mlx_lm.convert calls it")
+    parser.add_argument(
+        "--hf-path", "--model", metavar="SRC", help="the same as SRC, for mlx_lm.convert's options"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
     parser.add_argument(
         "--download",
         action="store_true",
-        help="bring a repository into the hub's cache first, instead of reading it by ranges",
+        help="download a repository into the hub's cache first, instead of reading ranges of its files",
     )
     _add_json(parser)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-    parser.add_argument("--debug", action="store_true", help="show where in the program an error came up")
+    parser.add_argument("--debug", action="store_true", help="show where in the program an error occurred")
 
 
 def _add_long(parser: argparse.ArgumentParser, text: str) -> None:
@@ -340,20 +341,20 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add("--q-bits", type=int, help="bits per weight (default: 4; mxfp8: 8)")
     add("--q-group-size", type=int, help="weights per scale (default: affine 64, mxfp4/mxfp8 32, nvfp4 16)")
     add("--q-mode", choices=sorted(MODES), help="default: affine")
-    add("--quant-predicate", choices=RECIPES, help="mixed-bit recipe; needs -q")
+    add("--quant-predicate", choices=RECIPES, help="mixed-bit predicate; needs -q")
     add(
         "--q-override",
         metavar="REGEX=BITS[,GROUP[,MODE]]",
         action="append",
         default=[],
-        help="another choice for the modules in whose path REGEX is found, or REGEX=float; may be repeated,"
-        " the last that is found counts",
+        help="another encoding, or float, for modules whose path contains a match of REGEX; may be"
+        " repeated, the last match counts",
     )
-    add("--recipe", metavar="FILE", help="choices in a YAML file: quantize, embed_q and overrides")
+    add("--recipe", metavar="FILE", help="YAML file with settings: quantize, embed_q and overrides")
     add(
         "--dtype",
         choices=list(DTYPES),
-        help="of what is not quantized (default: torch_dtype in config.json)",
+        help="float dtype of unquantized tensors (default: torch_dtype in config.json)",
     )
     add("-d", "--dequantize", action="store_true", help="decode a quantized checkpoint to floats")
     add(
@@ -365,28 +366,31 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep-vision",
         action="store_true",
-        help="copy the vision tensors as they are (default: drop them). mlx_lm.load leaves them out and"
-        " loads the language model as without this; Kimi K2.5 and K3 then also load in mlx-vlm, Mistral 4"
-        " does not (mlx-vlm 0.7.10 does not split kv_b_proj)",
+        help="copy the vision tensors unchanged (default: drop them). mlx_lm.load ignores them. mlx-vlm can"
+        " then load Kimi K2.5 and K3, but not Mistral 4 (mlx-vlm 0.7.10 does not split kv_b_proj)",
     )
     add(
         "--max-memory",
         metavar="SIZE",
         default=f"{MAX_MEMORY // 10**9}GB",
-        help="what the whole process may take, such as 500MB (default: %(default)s)",
+        help="the most memory that the process may take, such as 500MB (default: %(default)s)",
     )
     few, many = THREADS, NETWORK_THREADS
-    add("--threads", type=_threads, help=f"that read and compute (default: {few}; {many} over a network)")
+    add(
+        "--threads",
+        type=_threads,
+        help=f"threads that read and compute (default: {few}; {many} over a network)",
+    )
     add(
         "--keep-mtp",
         action="store_true",
-        help="write the MTP layers of DeepSeek V4 to a folder of their own, OUT-mtp, as mlx-vlm's drafters"
-        " read them (default: drop them)",
+        help="write the MTP layers of DeepSeek V4 to a second folder, OUT-mtp, for mlx-vlm's drafters"
+        " (default: drop them)",
     )
     add(
         "--trust-remote-code",
         action="store_true",
-        help="accepted because mlx_lm.convert has it; no code of a checkpoint is ever run",
+        help="accepted for compatibility with mlx_lm.convert; no code in a checkpoint is ever executed",
     )
 
 
@@ -399,7 +403,7 @@ def _threads(text: str) -> int:
 
 def _seed(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"{shown(text)}: give a number from 0 up")
+        raise argparse.ArgumentTypeError(f"{shown(text)}: give a number, 0 or more")
     return int(text)
 
 

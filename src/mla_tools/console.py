@@ -1,4 +1,4 @@
-"""What the command prints, and what becomes of an error that nobody foresaw."""
+"""What the command prints, and how unexpected errors are handled."""
 
 from __future__ import annotations
 
@@ -105,21 +105,21 @@ def _forget_stdout() -> None:
 
 
 def _sentence(error: Exception) -> MlaToolsError:
-    """Return an error that nobody foresaw as one that says what it is and what to do."""
+    """Return an unexpected error as one that says what it is and what to do."""
     notes = getattr(error, "__notes__", ())
     if isinstance(error, OSError) and error.errno is not None:
         what = error.strerror or os.strerror(error.errno)
         named = [str(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
         text = ": ".join([*named, what])
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            text += " (ulimit -n says how many are allowed)"
+            text += " (ulimit -n shows how many are allowed)"
     elif isinstance(error, MemoryError):
-        text = "there is not enough memory; --max-memory makes a conversion take less"
+        text = "there is not enough memory; a conversion needs less with a smaller --max-memory"
     else:
         detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         text = (
-            f"mla-sanitize itself failed ({detail}). That is a defect, whatever the input was: please report"
-            " it, with what --debug shows."
+            f"mla-sanitize itself failed ({detail}). This is a defect, whatever the input was: please report"
+            f" it, with the output of --debug."
         )
     made = MlaToolsError(text)
     for note in notes:

@@ -1,15 +1,14 @@
-"""Conversions from Python: what the command `mla-sanitize` calls, and what a program of one's own can call.
+"""Conversions from Python: the calls that `mla-sanitize` makes, for use in other programs.
 
     from mla_tools import Options, QuantSpec
     from mla_tools.convert import convert, inspect, plan, verify
 
     convert("DeepSeek-V3", "DeepSeek-V3-4bit", Options(quantize=QuantSpec()))
 
-`inspect` and `plan` read headers and write nothing, `convert` writes, `verify` looks at what was written. A
-source is a checkpoint folder or a repository on the hub, org/name or hf://org/name@revision; a `Path` is
-always a folder. Every error that a user can cause is an `MlaToolsError`: a `CheckpointError` has all that is
-wrong with a checkpoint in its `problems`, and a `UsageError` is about the arguments, called as the command
-calls them.
+`inspect` and `plan` only read headers; `convert` writes; `verify` checks an output. A source is a checkpoint
+folder or a repository on the hub, org/name or hf://org/name@revision; a `Path` is always a folder. Every
+error that a user can cause is an `MlaToolsError`: a `CheckpointError` lists everything that is wrong with a
+checkpoint in `problems`, and a `UsageError` is about the arguments, under the names of the command's options.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.files.hub import locate
 from mla_tools.options import Options, parse_size
 from mla_tools.output import check_output, how_to_resume, is_unfinished, refuse_source
-from mla_tools.plan import MAX_MEMORY, Plan, Steps, Workload, make_draft_plan, make_plan, steps_of
+from mla_tools.plan import MAX_MEMORY, Plan, Steps, Workload, make_mtp_plan, make_plan, steps_of
 
 if TYPE_CHECKING:
     from mla_tools.verify import ManifestCheck, Verified
@@ -53,20 +52,20 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Survey:
-    """What a checkpoint is: what is stored, what each tensor would become, and what is wrong with it."""
+    """A survey of a checkpoint: what it stores, what each tensor would become, and all problems."""
 
     checkpoint: Checkpoint
     made: Steps
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong, of the files first; nothing where it can be converted."""
+        """All problems, those of the files first; empty if the checkpoint can be converted."""
         return (*self.checkpoint.problems, *self.made.problems)
 
 
 @dataclass(frozen=True)
 class Plans:
-    """What a conversion will do: the plan of the model, and that of its MTP layers if they are kept."""
+    """What a conversion will do: the plan of the model and, with `keep_mtp`, that of its MTP layers."""
 
     model: Plan
     mtp: Plan | None = None
@@ -79,10 +78,10 @@ class Plans:
     def with_workloads(
         self, max_memory: int | str = MAX_MEMORY, threads: int | None = None
     ) -> list[tuple[Plan, Workload]]:
-        """Return each plan with how it is carried out in so much memory, with at most so many threads.
+        """Return each plan with its workload for this much memory and at most this many threads.
 
-        They mean what they mean to `convert`. Raises MlaToolsError that names the smallest budget, if this
-        one is too small.
+        The arguments are those of `convert`. Raises MlaToolsError that names the smallest possible budget
+        if this one is too small.
         """
         memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
         return [(each, each.workload(memory, threads)) for each in self]
@@ -90,9 +89,9 @@ class Plans:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the writing of one folder is: bytes of tensor data, of those that this process writes.
+    """The progress of one folder: bytes of the tensor data that this process writes.
 
-    What an earlier run has done counts from the start, so that at the end `done` is `total`.
+    Data from an earlier run counts as done, so `done` is `total` at the end.
     """
 
     folder: Path
@@ -101,13 +100,13 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """The part that is done, from 0 to 1."""
+        """The fraction that is done, from 0 to 1."""
         return self.done / self.total if self.total else 1.0
 
 
 @dataclass(frozen=True)
 class Written:
-    """A complete folder: its plan, how that was carried out, and whether there was anything to do."""
+    """A complete folder: its plan, its workload, and whether there was anything to do."""
 
     plan: Plan
     workload: Workload
@@ -117,7 +116,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: the folder of the model, and that of its MTP layers if they were kept.
+    """What a conversion wrote: the folder of the model and, with `keep_mtp`, that of its MTP layers.
 
     `rank` is the number of this process among those that share the work; 0 where there is one.
     """
@@ -133,10 +132,10 @@ class Converted:
 
 
 def inspect(source: str | os.PathLike[str], *, revision: str | None = None, download: bool = False) -> Survey:
-    """Return what a checkpoint is, with everything that is wrong in `problems`; only headers are read.
+    """Return a survey of a checkpoint, with everything that is wrong in `problems`; only headers are read.
 
     `revision` is the branch, tag or commit of a repository; `download` brings it into the hub's cache first.
-    Raises MlaToolsError where there is no such source, and CheckpointError where there is nothing to go on.
+    Raises MlaToolsError if there is no such source, and CheckpointError if it has no config or no weights.
     """
     checkpoint = _opened(source, revision, download)
     return Survey(checkpoint, steps_of(checkpoint, Options()))
@@ -152,13 +151,13 @@ def plan(
 ) -> Plans:
     """Return what `convert` with these arguments would do; only headers are read, and nothing is written.
 
-    `keep_mtp`: the MTP layers of DeepSeek V4 become a model of their own, with a plan of its own. Raises
-    CheckpointError that lists everything that is wrong with the checkpoint, MlaToolsError where there is no
-    such source, and UsageError for options that fit nothing in it.
+    `keep_mtp`: the MTP layers of DeepSeek V4 become a second model, with a second plan. Raises
+    CheckpointError that lists everything that is wrong with the checkpoint, MlaToolsError if there is no
+    such source, and UsageError for options that match nothing in it.
     """
     checkpoint = _opened(source, revision, download)
     model = make_plan(checkpoint, options)
-    return Plans(model, make_draft_plan(checkpoint, options) if keep_mtp else None)
+    return Plans(model, make_mtp_plan(checkpoint, options) if keep_mtp else None)
 
 
 def convert(
@@ -179,19 +178,19 @@ def convert(
 ) -> Converted:
     """Write a folder that mlx_lm.load opens, and return what was written.
 
-    `output` must not exist, but with `resume`, which finishes an unfinished folder of the same plan, and
-    `overwrite`, which replaces one that this tool made. The MTP layers of `keep_mtp` go to a second folder,
-    OUTPUT-mtp. `max_memory` is what the process may take, in bytes or as "4GB"; `threads` are 2 if left out,
-    or 8 over a network; `device` is MLX's own choice if left out. `check_source` compares the weight files
-    with the hashes of the hub first.
+    `output` must not exist, except with `resume`, which finishes an unfinished folder of the same plan, or
+    `overwrite`, which replaces one that this tool made. With `keep_mtp` the MTP layers go to a second folder,
+    OUTPUT-mtp. `max_memory` is the most memory that the process may take, in bytes or as "4GB"; the default
+    of `threads` is 2, or 8 over a network; the default of `device` is MLX's. `check_source` first compares
+    the weight files with the hub's hashes.
 
-    `progress` is called in the thread of the caller: when the writing of a folder begins, and whenever a
-    piece is written. What it raises ends the conversion, as any error does. Under `mlx.launch` each process
-    calls this with the same arguments and writes its share; only the first one calls `progress`.
+    `progress` is called in the caller's thread, when the writing of a folder begins and after each piece. An
+    exception in it ends the conversion, as any error does. Under `mlx.launch` each process calls this with
+    the same arguments and writes its share; only the first one calls `progress`.
 
-    The folder is complete only when the model class of the installed mlx-lm has agreed. Raises what `plan`
-    raises before anything is written. Whatever ends the work later, Ctrl-C too, leaves the folder visibly
-    unfinished, and the error has a note that says how to resume; from here, that is `resume=True`.
+    The folder is complete only after the model class of the installed mlx-lm has agreed. Raises what `plan`
+    raises, before anything is written. Any later error, also Ctrl-C, leaves the folder visibly unfinished;
+    the error has a note on how to resume (here with `resume=True`).
     """
     _check_arguments(output, threads, device, resume, overwrite)
     folder = Path(output)
@@ -231,10 +230,10 @@ def convert(
 
 
 def verify(folder: str | os.PathLike[str], *, quick: bool = False) -> Verified:
-    """Return what an output of `convert` holds, all files of which are as they were written.
+    """Return what an output of `convert` holds, if all of its files are unchanged.
 
-    `quick` leaves out the data of the weight files. Raises CheckpointError that lists everything that
-    differs, and MlaToolsError for a folder that is no output of this tool, or an unfinished one.
+    `quick` does not read the data of the weight files. Raises CheckpointError that lists all differences, and
+    MlaToolsError for a folder that is unfinished or not an output of this tool.
     """
     from mla_tools.verify import verify_output
 

@@ -87,12 +87,12 @@ def launched() -> Group:
     try:
         group = _Launched()
     except (RuntimeError, ValueError) as error:
-        what = f"is set, as by a launcher of several processes, and MLX cannot join them ({error})."
+        what = f"is set, as by a launcher of several processes, but MLX cannot join them ({error})."
         raise MlaToolsError(f"{named} {what} {advice}") from error
     sizes = {os.environ[size] for size in map(_LAUNCHERS.__getitem__, found) if size in os.environ}
     if "MLX_RANK" not in found and sizes - {str(group.size)}:
         # With another MPI than the launcher's, each rank would take itself for the only one.
-        what = f"is set by a launcher of {' or '.join(sorted(sizes))} processes, and MLX joins {group.size}."
+        what = f"is set by a launcher of {' or '.join(sorted(sizes))} processes, but MLX joins {group.size}."
         raise MlaToolsError(f"{named} {what} {advice}")
     return group
 

@@ -1,4 +1,4 @@
-"""The errors of mla-tools, and the text that tells them."""
+"""The errors of mla-tools, and their text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clipped(value: object) -> str:
 class MlaToolsError(Exception):
     """Base of every error that mla-tools raises on purpose; `exit_code` is what the command returns.
 
-    `resumable`: an output that it leaves unfinished can be finished, once what was wrong is mended.
+    `resumable`: an output that it leaves unfinished can be finished after the cause is corrected.
     """
 
     exit_code = 1
@@ -62,7 +62,7 @@ class DataError(MlaToolsError):
 
 
 class DamagedError(MlaToolsError):
-    """An unfinished output is not as it was left."""
+    """An unfinished output has changed since it was left."""
 
     resumable = False
 
@@ -89,7 +89,7 @@ class Problem:
     def text(self, subjects: Sequence[str], lost: Sequence[str], *, whole: bool = False) -> str:
         """Return the problem as lines, as that of these subjects, by which these tensors are lost.
 
-        With `whole`, each tensor is told by its name.
+        With `whole`, each tensor is listed by its name.
         """
         lines = [f"{subject}: {self.what}" for subject in subjects[:_MAX_SUBJECTS]]
         if len(subjects) > _MAX_SUBJECTS:
@@ -128,10 +128,10 @@ def _lost_lines(names: Sequence[str], whole: bool) -> list[str]:
 
 
 class CheckpointError(MlaToolsError):
-    """Everything that is wrong with a checkpoint or an output, in one go.
+    """All problems of a checkpoint or an output.
 
-    `problems` holds each case. The message tells a cause once, with what is lost by it, and not what follows
-    from that; it folds cases that differ in their names alone. With `whole`, it tells each case.
+    `problems` holds each one. The message gives each cause once, with the lost tensors, and leaves out what
+    follows from it; it folds problems that differ only in their names. With `whole`, it lists every problem.
     """
 
     def __init__(self, problems: Sequence[Problem], *, whole: bool = False) -> None:
@@ -139,7 +139,7 @@ class CheckpointError(MlaToolsError):
         super().__init__(_each(self.problems) if whole else _folded(self.problems))
 
     def in_full(self) -> CheckpointError:
-        """Return the same error with a message that tells each problem by itself."""
+        """Return the same error with a message that lists every problem separately."""
         return type(self)(self.problems, whole=True)
 
 
@@ -150,18 +150,18 @@ def _each(problems: Sequence[Problem]) -> str:
 
 def _folded(problems: Sequence[Problem]) -> str:
     losses = _Losses(problems)
-    told = [problem for problem in problems if not losses.explains(problem)]
+    listed = [problem for problem in problems if not losses.explains(problem)]
     groups: dict[tuple[str, ...], list[Problem]] = defaultdict(list)
-    for problem in told:
+    for problem in listed:
         groups[problem._kind()].append(problem)
     blocks = [_block(members) for members in list(groups.values())[:_MAX_GROUPS]]
     if len(groups) > _MAX_GROUPS:
         blocks.append(f"... and {len(groups) - _MAX_GROUPS} more kinds of problems")
-    head = _count(len(told))
-    if following := len(problems) - len(told):
-        causes = sum(bool(problem.reason) for problem in told)
+    head = _count(len(listed))
+    if following := len(problems) - len(listed):
+        causes = sum(bool(problem.reason) for problem in listed)
         verb = "may follow" if losses.guessed else "follows" if following == 1 else "follow"
-        which = "it" if causes == len(told) == 1 else "what is lost"
+        which = "it" if causes == len(listed) == 1 else "what is lost"
         head += f", and {following:,} that {verb} from {which} (--json lists them)"
     return "\n\n".join([head, *blocks])
 
@@ -179,7 +179,7 @@ def _block(members: Sequence[Problem]) -> str:
         lost = ()
     text = first.text(subjects, lost)
     if any(problem._rest() != first._rest() for problem in members):
-        text += f"\n  (the lines above are those of the first of {len(members)})"
+        text += f"\n  (the lines above describe the first of {len(members)})"
     return text
 
 
@@ -220,14 +220,14 @@ class _Losses:
         return ".".join(words) in self._folded[places]
 
 
-_ALONE = "would be dropped as what it is not"
+_ALONE = "would be dropped for a wrong reason"
 
 
 def _lacks(problem: Problem) -> bool:
     """Return whether a problem is that something else is not there."""
     scale = problem.cause.startswith("It looks like a scale whose weight is missing")
-    told = problem.what.endswith(("cannot be read", " do not fit together", "missing"))
-    return scale or told or problem.what == _ALONE
+    gone = problem.what.endswith(("cannot be read", " do not fit together", "missing"))
+    return scale or gone or problem.what == _ALONE
 
 
 def _modules(problem: Problem) -> tuple[str, ...]:

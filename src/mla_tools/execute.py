@@ -94,7 +94,7 @@ def execute(
             elif isinstance(error, DataError):
                 error.add_note(how_to_start_again(folder))
             raise
-        except Exception as error:  # nobody foresaw it, and what is done is kept all the same
+        except Exception as error:  # unexpected, but what is done is kept
             error.add_note(how_to_resume(folder, overwrite=overwrite))
             raise
     return True
@@ -212,7 +212,7 @@ def _ordered(
 ) -> Iterator[tuple[int, Slab]]:
     """Yield the slabs of the steps in which something is to do, in the order in which their data lies.
 
-    `left` is told how many slabs a step has when its first one is yielded.
+    `left` gets the number of slabs of a step when its first one is yielded.
     """
     shards = {shard.name: number for number, shard in enumerate(plan.checkpoint.shards)}
 

@@ -134,7 +134,7 @@ def _runs(values: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _listed(runs: Sequence[tuple[int, int]], digits: int) -> str:
-    """Return runs of numbers (first, last) as a list of numbers, of ranges and of what goes on in steps."""
+    """Return runs of numbers (first, last) as a list of numbers, ranges and equal steps."""
     items: list[str] = []
     start = 0
     while start < len(runs):

@@ -1,4 +1,4 @@
-"""What the user asks of a conversion: `Options`, its spelling on a command line, sizes, and recipe files."""
+"""The options of a conversion: `Options`, its form on a command line, sizes, and recipe files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EmbedQ = Literal["source", "float"] | QuantSpec
 
 Override = tuple[str, QuantSpec | None]
 
-# What a packed K becomes where nothing is asked for: a tenth of the loss of 4 bits like the source's.
+# The default for a packed K: a tenth of the loss of the source's 4 bits.
 EMBED_Q = QuantSpec("affine", 8, 32)
 
 _MAX_RECIPE = 1 << 20
@@ -42,16 +42,15 @@ _MAX_RECIPE = 1 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks of a conversion; the defaults are those of `mlx_lm.convert`.
+    """The options of a conversion; the defaults are those of `mlx_lm.convert`.
 
-    `dtype`: of the tensors that are not quantized; None for what config.json says, or the
-    checkpoint's own. `quantize` and `quant_predicate`: the target encoding. `embed_q`: what becomes of the K
-    half of a quantized kv_b_proj, whose groups lie across the new axis: encoded like the source, with
-    a QuantSpec of its own, or left in floats; None for `EMBED_Q` where that is possible.
-    `overrides`: pairs of a regular expression and what becomes of the modules in whose path it is found,
-    None for floats; the last that is found counts. `keep_vision`: vision tensors are copied;
-    mlx-lm's classes leave them out when they load. `layout`: that of the output, "mlx" for what mlx-lm
-    loads. `format`: another format than MLX's in which everything that can be quantized is written.
+    `dtype`: the dtype of unquantized tensors; None for that of config.json, or else of the checkpoint.
+    `quantize` and `quant_predicate`: the target encoding. `embed_q`: the encoding of the K half of a
+    quantized kv_b_proj, whose axis changes: like the source, a QuantSpec, or floats; None for `EMBED_Q` if
+    that is possible. `overrides`: pairs of a regular expression and a QuantSpec, or None for floats, for the
+    modules whose path contains a match; the last match counts. `keep_vision`: copy the vision tensors,
+    which mlx-lm ignores. `layout`: that of the output, "mlx" for what mlx-lm loads. `format`: a format other
+    than MLX's, for everything that can be quantized.
     """
 
     quantize: QuantSpec | None = None
@@ -68,7 +67,7 @@ class Options:
         if sum(map(bool, (self.quantize, self.dequantize, self.format))) > 1:
             raise UsageError("Choose either quantize or dequantize, not both.")
         if self.quant_predicate and not self.quantize:
-            raise UsageError("--quant-predicate says how to quantize; it needs -q.")
+            raise UsageError("--quant-predicate: not allowed without -q.")
         if self.quant_predicate and self.quantize and self.quantize.mode != "affine":
             raise UsageError("Quant predicates only support 'affine' quantization.")
         for pattern, _ in self.overrides:
@@ -161,10 +160,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"--recipe {path}: cannot be read: {error}") from error
     known = {"quantize", "embed_q", "overrides"}
     if not isinstance(recipe, dict) or not set(recipe) <= known:
-        raise UsageError(f"--recipe {path}: it must be a mapping with no other keys than {sorted(known)}")
+        raise UsageError(f"--recipe {path}: it must be a mapping with only the keys {sorted(known)}")
     overrides = recipe.get("overrides") or {}
     if not isinstance(overrides, dict):
-        raise UsageError("overrides in a recipe are a mapping of REGEX to BITS[,GROUP[,MODE]] or float")
+        raise UsageError("overrides in a recipe must be a mapping of REGEX to BITS[,GROUP[,MODE]] or float")
     found: dict[str, Any] = {
         "overrides": [parse_override(f"{pattern}={spec}") for pattern, spec in overrides.items()]
     }

@@ -33,7 +33,7 @@ _INFINITY = {(True, 2): 0x7C00, (False, 2): 0x7F80, (False, 4): 0x7F800000}
 # Numbers that are compared together: what is made of them stays in the caches.
 _BLOCK = 1 << 17
 
-# How dtypes go on where the numbers of one are too large for it.
+# The next dtype for numbers that are too large for one.
 _WIDER = {DType.F16: (DType.BF16, DType.F32), DType.BF16: (DType.F32,), DType.F32: ()}
 
 

@@ -1,4 +1,4 @@
-"""The progress of a conversion on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of a conversion on stderr: a bar on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SECONDS, _MOST_SECONDS = 10, 600
 
 @contextmanager
 def telling(stream: TextIO | None = None) -> Iterator[Callable[[Progress], None]]:
-    """Yield what tells people how far a conversion is, in the way that suits stderr."""
+    """Yield the progress display that suits stderr."""
     with ExitStack() as stack:
         yield stack.enter_context(Bar()) if (stream or sys.stderr).isatty() else Lines()
 
@@ -65,7 +65,7 @@ class Bar:
 
 
 class Lines:
-    """A line now and then, for a log; none for what is done in seconds."""
+    """A line from time to time, for a log; none for short conversions."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -76,13 +76,13 @@ class Lines:
         now = self._clock()
         if self._first is None or progress.folder != self._first.folder:
             self._first, self._last = progress, progress
-            self._began = self._told = now
+            self._began = self._reported = now
             return
-        silent, more = now - self._told, progress.done - self._last.done
+        silent, more = now - self._reported, progress.done - self._last.done
         if progress.done == progress.total or silent < _SECONDS:
             return
         if more * _LINES >= progress.total or silent >= _MOST_SECONDS:
-            self._told, self._last = now, progress
+            self._reported, self._last = now, progress
             say(f"{_line(progress)}{_left(progress, self._first, now - self._began)}")
 
 

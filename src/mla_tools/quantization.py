@@ -230,7 +230,7 @@ def quantize_multilinear(layer: MultiLinear, spec: QuantSpec) -> QuantizedMultiL
     """Return the QuantizedMultiLinear of an mlx-lm MultiLinear, as `mlx_lm.convert -q` makes it.
 
     The weight [h, output, input] is quantized along `input`. Raises ValueError when the group size
-    does not divide it, where `mlx_lm.convert` leaves the layer dense without a word.
+    does not divide it, where `mlx_lm.convert` silently leaves the layer unquantized.
     """
     spec.groups(layer.weight.shape[-1])
     return layer.to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
@@ -239,9 +239,9 @@ def quantize_multilinear(layer: MultiLinear, spec: QuantSpec) -> QuantizedMultiL
 def dequantize_multilinear(layer: QuantizedMultiLinear) -> MultiLinear:
     """Return the MultiLinear [h, output, input] of an mlx-lm QuantizedMultiLinear.
 
-    The dtype is that of the scales when affine and bfloat16 in the block-float modes. This is the way
-    back that `mlx_lm.convert -d` does not know: it leaves these layers quantized in a model whose
-    config no longer says so, and the result cannot be loaded.
+    The dtype is that of the scales when affine and bfloat16 in the block-float modes. `mlx_lm.convert -d`
+    does not do this: it leaves these layers quantized although the config no longer says so, and the
+    result cannot be loaded.
     """
     from mlx_lm.models.mla import MultiLinear
 
@@ -269,7 +269,7 @@ def recipe_spec(recipe: str, path: str, num_layers: int, group_size: int = 64) -
     Source: `mixed_quant_predicate_builder` in mlx_lm/convert.py, after llama.cpp's Q4_K_M.
     """
     if recipe not in RECIPES:
-        raise UsageError(f"recipe {recipe!r} does not exist; the recipes are {', '.join(RECIPES)}")
+        raise UsageError(f"predicate {recipe!r} does not exist; the predicates are {', '.join(RECIPES)}")
     if recipe.startswith(_MLA) and (path.rpartition(".")[2] in _MLA_PARTS or ".indexer." in path):
         return QuantSpec("affine", _MLA_BITS, group_size)
     low, high = _RECIPE_BITS[recipe.removeprefix(_MLA)]

@@ -29,7 +29,7 @@ __all__ = [
     "verified_text",
 ]
 
-# Lists of files go on in the next line.
+# Lists of files are wrapped at this width.
 _WIDTH = 110
 
 _UNITS = ("kB", "MB", "GB", "TB")
@@ -171,7 +171,7 @@ def _words(names: Iterable[str]) -> str:
     return " ".join(_DIGITS.sub("", name) for name in names)
 
 
-# More lines than this for one reason are told as whole layers; --long names every tensor.
+# More lines than this for one reason are shown as whole layers; --long names every tensor.
 _MAX_DROP_LINES = 4
 
 
@@ -334,7 +334,7 @@ def verified_json(found: Verified, folder: Path, *, quick: bool) -> dict[str, An
 
 def verified_text(found: Verified, folder: Path, *, quick: bool) -> str:
     """Return a check of an output as lines; `quick`: the data of the weight files was left out."""
-    compared = "all but the data of the weight files" if quick else "all bytes"
+    compared = "all except the data of the weight files" if quick else "all bytes"
     size = human_bytes(found.nbytes)
-    line = f"{folder}: complete, {found.files} files, {size}; {compared} are as they were written"
+    line = f"{folder}: complete, {found.files} files, {size}; unchanged ({compared} compared)"
     return "\n".join([line, *(f"  {note}" for note in found.notes)])

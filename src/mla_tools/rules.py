@@ -6,8 +6,7 @@ the form "mlx", every target as it is, need not be stated. The values that an in
 rule, so two rules can share a template and divide the layers among them. An index that stands only on the
 left is gathered, in order; one that stands only on the right is scattered.
 
-A rule names tensors as they are called when stored dense; how a tensor is spelled in stored tensors
-is the business of the codecs.
+A rule names tensors as in a dense checkpoint; how stored tensors hold them is the codecs' business.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class Param:
 
     `quantizable`: it is the weight of a module that MLX can quantize (Linear, Embedding, SwitchLinear,
     MultiLinear). `spec`: the width that the model class itself prescribes when it is quantized.
-    `cast`: whether a conversion to another float dtype touches it. `dense`: the model class leaves it
-    in floats where the rest is quantized, unless a recipe decides. `raw`: the class reads the weight
+    `cast`: whether a conversion to another float dtype touches it. `unquantized`: the model class leaves it
+    in floats where the rest is quantized, unless a predicate decides. `raw`: the class reads the weight
     itself and not through its module, so that packed codes are no use to it. `global_scale`: the
     module (SwitchLinear) can hold a float32 scale for each expert beside nvfp4 codes.
     """
@@ -46,7 +45,7 @@ class Param:
     quantizable: bool = False
     spec: QuantSpec | None = None
     cast: bool = True
-    dense: bool = False
+    unquantized: bool = False
     raw: bool = False
     global_scale: bool = False
 
@@ -56,7 +55,7 @@ class Form:
     """How a layout holds the targets of a rule.
 
     `shapes` are those of the source templates, one each, and `op` makes the targets of them. With `each`,
-    the op makes each target by itself of the source at its place. `where` gives the values of the indices
+    the op makes each target separately, from the source at its place. `where` gives the values of the indices
     that are gathered, and `because` says where their number comes from.
     """
 
@@ -110,7 +109,7 @@ class Rule:
         return [route for route in self.routes() if route.first]
 
     def routes(self) -> Iterator[Route]:
-        """Yield a route for each form, or for each target of a form that makes each by itself."""
+        """Yield a route for each form, or for each target of a form that makes each separately."""
         for number, form in enumerate(self.forms):
             whole = Route(
                 form.source,
@@ -221,8 +220,8 @@ class Drop:
     are not what the reason says (a layer beyond the last is an MTP layer only if it has `eh_proj`).
     `usual`: whether the family's checkpoints on the hub have them, so that samples do too.
     `inside`: the drop is of a whole module, everything whose name begins with `source` and a dot; these
-    are the rest of some of the names, for samples. `image`: what is left out serves images, and this is
-    what `source` is called in the output where the user wants it kept.
+    are the rest of some of the names, for samples. `vision`: these are vision tensors, and this is
+    what `source` is called in the output with --keep-vision.
     """
 
     source: str
@@ -232,7 +231,7 @@ class Drop:
     marker: str | None = None
     usual: bool = True
     inside: tuple[str, ...] = ()
-    image: str | None = None
+    vision: str | None = None
 
 
 def _only(these: Sequence[str], those: Sequence[str]) -> tuple[str, ...]:

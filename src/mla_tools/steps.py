@@ -19,7 +19,7 @@ Exactness = Literal["copied", "repacked", "rounded", "decoded", "encoded", "requ
 
 
 class Source(NamedTuple):
-    """A tensor of the checkpoint: what it is nominally, how it is spelled, and which parts it has."""
+    """A tensor of the checkpoint: its nominal spec, its codec and its parts."""
 
     name: str
     spec: Spec

@@ -159,7 +159,7 @@ def test_what_a_class_leaves_dense_is_what_the_table_says(family: str) -> None:
     predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     modules = [pair for pair in model.named_modules() if hasattr(pair[1], "to_quantized")]
     wanted = {f"{path}.weight" for path, module in modules if predicate(path, module) is False}
-    assert {name for name, (_, param) in sample_targets(family).items() if param.dense} == wanted
+    assert {name for name, (_, param) in sample_targets(family).items() if param.unquantized} == wanted
 
 
 @each_family
@@ -277,7 +277,7 @@ def test_the_image_encoder_of_the_kimi_models_is_dropped_by_name(family: str) ->
     for name in (*(f"vision_tower.{name}" for name in tower), "mm_projector.proj.2.bias"):
         match = table.lookup(name)
         assert match is not None, name
-        assert table.drop(match).reason.startswith("image ")
+        assert table.drop(match).reason.startswith("vision ")
         assert table.shape(match) is None
     assert table.lookup("vision_towers.encoder.blocks.0.attn.weight") is None
 
@@ -299,11 +299,11 @@ def test_the_decay_of_kimi_k3_is_padded_to_the_length_of_a_head() -> None:
 
 
 V41_DROPS = {
-    "vision.blocks.31.attn.wqkv.bias": "images",
-    "aligner.w2.weight": "images",
-    "image_newline": "images",
-    "layers.3.ffn.gate.bias_vl": "images",
-    "layers.1.engram.embed.weight": "engram memory, which mlx-lm's class cannot run",
+    "vision.blocks.31.attn.wqkv.bias": "vision tensor",
+    "aligner.w2.weight": "vision tensor",
+    "image_newline": "vision tensor",
+    "layers.3.ffn.gate.bias_vl": "vision tensor",
+    "layers.1.engram.embed.weight": "engram memory, which mlx-lm's model class cannot run",
     "layers.1.engram.q_weight": "engram memory",
     "mtp.2.markov_head.embed.weight": "multi-token prediction",
     "mtp.0.attn.wo_a.weight": "multi-token prediction",

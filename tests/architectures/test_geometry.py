@@ -145,7 +145,7 @@ def test_layer_lists_count_from_1(value: object, wanted: set[int] | None) -> Non
     g = Geometry({"kda_layers": value})
     assert g.numbers("kda_layers", below=4) == (wanted or set())
     assert [problem.needed for problem in g.problems] == (
-        ["a list of whole numbers from 1 to 4"] if wanted is None else []
+        ["a list of integers from 1 to 4"] if wanted is None else []
     )
     assert all(len(problem.found) <= 80 for problem in g.problems)
 

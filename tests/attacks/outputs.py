@@ -342,7 +342,7 @@ def _check_written(case: Case, worked: bool, before: dict[str, Any], after: dict
     wanted = case.bench.wanted
     for name, data in wanted.items():
         path = case.folder / name
-        assert stat.S_ISREG(path.lstat().st_mode), f"{name} is no regular file"
+        assert stat.S_ISREG(path.lstat().st_mode), f"{name} is not a regular file"
         if worked:
             assert path.read_bytes() == data, f"{name} has other bytes"
         elif not case.forged:  # complete already, by its record and its sizes

@@ -101,14 +101,14 @@ def void(_: object) -> None:
 
 
 def not_in_the_folder(name: str) -> str:
-    return f"{name}: the index names this file, and that is not in the folder\n{PLAIN}\n  lost with it: a"
+    return f"{name}: the index names this file, but it is not in the folder\n{PLAIN}\n  lost with it: a"
 
 
 NOT_A_LENGTH = (
     f"{ONE}: is not a safetensors file: it does not start with the length of a header\n"
     "  needed  a length from 2 to 100,000,000\n  found   {}\n" + AGAIN
 )
-NO_SIZE = "config.json: {} cannot be used\n  needed  a whole number between 1 and {}\n  found   {}"
+NO_SIZE = "config.json: {} cannot be used\n  needed  an integer between 1 and {}\n  found   {}"
 
 ATTACKS: dict[str, tuple[Attack, str]] = {
     "header past the end": (
@@ -126,10 +126,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         file(packed(b'{"a":' + b"[" * 200_000)),
         f"{ONE}: is not a safetensors file: its header is nested too deeply\n{AGAIN}",
     ),
-    "tensor twice": (file(packed(TWICE, FOUR)), f"{ONE}: the header has the key a twice\n{AGAIN}"),
+    "tensor twice": (file(packed(TWICE, FOUR)), f"{ONE}: the header has a duplicate key: a\n{AGAIN}"),
     "offsets negative": (
         file(table({"a": entry("U8", [4], [-4, 0])})),
-        "a: data_offsets is not a range\n  needed  two whole numbers in order, from 0 up\n"
+        "a: data_offsets is not a range\n  needed  two integers in order, 0 or more\n"
         f"  found   [-4, 0]\n{STORED}",
     ),
     "offsets overlap": (
@@ -190,17 +190,17 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "index names a tensor that is nowhere": (
         lambda folder: void((shard(folder, ONE, "a"), index(folder, {"a": ONE, "b": ONE}))),
-        f"b: the index places it in {ONE}, and it is not there\n"
+        f"b: the index places it in {ONE}, but it is not there\n"
         "  found   in no file that could be read\n"
-        "  The index and the files are not of one download: download them again.",
+        "  The index and the files do not belong together: download them again.",
     ),
     "index names another file than the tensor's": (
         lambda folder: void(
             (files(x="a", y="b")(folder), index(folder, dict.fromkeys("ab", "y.safetensors")))
         ),
-        "a: the index places it in y.safetensors, and it is not there\n"
+        "a: the index places it in y.safetensors, but it is not there\n"
         "  found   in no file that could be read\n"
-        "  The index and the files are not of one download: download them again.",
+        "  The index and the files do not belong together: download them again.",
     ),
     "index names a file that is not there": (
         pointed("gone.safetensors"),
@@ -215,8 +215,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "config too large": (
         config(b'{"a":"' + b"x" * (16 << 20) + b'"}'),
-        "config.json: is too large for what it is\n  needed  at most 16,777,216 bytes\n"
-        "  found   16,777,224 bytes",
+        "config.json: is too large\n  needed  at most 16,777,216 bytes\n  found   16,777,224 bytes",
     ),
     "config a list": (config(b"[]"), f"config.json: is not a JSON object\n{AGAIN}"),
     "config deep": (
@@ -272,7 +271,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "pickle in the index": (
         pointed("pytorch_model.bin"),
-        "pytorch_model.bin: the index names this file, and that is not a safetensors file\n"
+        "pytorch_model.bin: the index names this file, but it is not a safetensors file\n"
         f"{PLAIN}\n  lost with it: a",
     ),
     "pickle by another name": (
@@ -295,7 +294,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "layers and experts together": (
         config({"num_hidden_layers": 4096, "n_routed_experts": 4096}),
         "config.json: the model would have too many tensors\n  needed  a model of at most 4,000,000 tensors\n"
-        "  found   50,376,705\n  The numbers of layers and experts multiply to this: are they right?",
+        "  found   50,376,705\n  Are the numbers of layers and experts right?",
     ),
     "tables of embeddings": (
         config({**NGRAM, "emb_split_num": 4096}),
@@ -427,9 +426,10 @@ def test_tensors_that_the_index_does_not_name_are_taken_and_stray_files_left_out
     assert weights(converted(folder, tmp_path / "out")) == weights(expected)
     said = capsys.readouterr().out
     assert (
-        f"  {file} holds tensors that the index does not name, taken: 1 tensor (model.norm.weight)\n" in said
+        f"  {file} holds tensors that the index does not name; they are used: 1 tensor"
+        f" (model.norm.weight)\n" in said
     )
-    assert "  model-00003-of-00003.safetensors: not named by the index, left out\n" in said
+    assert "  model-00003-of-00003.safetensors: not named by the index, ignored\n" in said
 
 
 def test_code_of_a_checkpoint_never_runs(
@@ -475,7 +475,7 @@ def test_a_companion_that_is_a_link_out_of_the_folder_is_told(
     (folder / "same.txt").symlink_to("config.json")
     assert main(["plan", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "\n  notes.txt is a link out of the folder, and what it leads to is copied\n" in said
+    assert "\n  notes.txt is a link out of the folder; the file that it points to is copied\n" in said
     assert "\n  generation_config.json, notes.txt, same.txt, tokenizer.json" in said
     assert "same.txt is" not in said
 

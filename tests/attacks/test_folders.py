@@ -21,7 +21,7 @@ NO_CONFIGS = {
     "deep": (b'{"a":' + b"[" * 200_000, "config.json: is nested too deeply"),
     "huge": (
         b" " * (16 << 20) + b"{}",
-        "config.json: is too large for what it is\n  needed  at most 16,777,216",
+        "config.json: is too large\n  needed  at most 16,777,216",
     ),
     "empty": (b"", "config.json: is not JSON"),
 }
@@ -45,7 +45,10 @@ NO_WEIGHTS = {
     ),
     "one pickle": (["consolidated.00.pth"], "Pickle files are refused, because loading one can run code"),
     "torch": (["model.pt"], "convert to safetensors first"),
-    "gguf": (["model-Q4_K_M.gguf"], "found   model-Q4_K_M.gguf\n  A folder of GGUF files is no safetensors"),
+    "gguf": (
+        ["model-Q4_K_M.gguf"],
+        "found   model-Q4_K_M.gguf\n  A folder of GGUF files is not a safetensors",
+    ),
 }
 
 
@@ -105,8 +108,8 @@ FILES = {
     "subfolder": ("sub/a.safetensors", "is not in the folder"),
     "backslash": ("..\\a.safetensors", "is not in the folder"),
     "dots": ("..", "is not in the folder"),
-    "empty": ("", "is no file name"),
-    "NUL": ("a\0.safetensors", "is no file name"),
+    "empty": ("", "is not a file name"),
+    "NUL": ("a\0.safetensors", "is not a file name"),
     "hidden": (".a.safetensors", "is a hidden file"),
     "pickle": ("pytorch_model.bin", "is not a safetensors file"),
 }
@@ -120,7 +123,7 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path, file: str, fault
     index(folder, {"a": "model.safetensors", "b.0": file, "b.1": file})
     checkpoint = open_checkpoint(folder)
     (problem,) = checkpoint.problems
-    assert problem.what == f"the index names this file, and that {fault}"
+    assert problem.what == f"the index names this file, but it {fault}"
     assert problem.lost == ("b.0", "b.1")
     assert checkpoint.tensors.keys() == {"a"}
     assert checkpoint.lost.keys() == {"b.0", "b.1"}
@@ -150,7 +153,7 @@ INDEXES = {
     "list": (b"[]", "is not a JSON object"),
     "no weight_map": (b'{"metadata": {}}', "has no object weight_map"),
     "weight_map a list": (b'{"weight_map": ["a"]}', "has no object weight_map"),
-    "huge": (b" " * (64 << 20) + b"{}", "is too large for what it is"),
+    "huge": (b" " * (64 << 20) + b"{}", "is too large"),
     "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is not JSON: Expecting value"),
     "deep": (b'{"weight_map":' * 100_000, "is nested too deeply"),
 }
@@ -209,14 +212,14 @@ def test_several_damages_are_all_reported(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert [(problem.subject, problem.what) for problem in checkpoint.problems] == [
         ("config.json", "has a duplicate key: a"),
-        ("/etc/passwd", "the index names this file, and that is not in the folder"),
+        ("/etc/passwd", "the index names this file, but it is not in the folder"),
         (files[5], "is listed in the index but is not in the folder"),
         (files[2], "is truncated: 5 bytes are missing at the end"),
         ("t.3", "the dtype is unknown"),
         ("u", "the number of bytes does not fit the shape and the dtype"),
         (files[3], "is truncated: 10 bytes are missing at the end"),
         ("t.0", "is stored in two files"),
-        ("t.4", f"the index places it in {files[4]}, and it is not there"),
+        ("t.4", f"the index places it in {files[4]}, but it is not there"),
     ]
     assert checkpoint.lost.keys() == {"t.2", "t.3", "t.4", "t.5", "t.6"}
     assert checkpoint.lost["t.3"] == f"{files[3]} is damaged or unreadable: t.3: the dtype is unknown"

@@ -271,7 +271,7 @@ def test_a_record_that_names_what_no_file_is_called_is_a_sentence(action: str, n
         ACTIONS[action](out)
     str(caught.value).encode()
     assert len(str(caught.value)) < 2000
-    assert "is not as it was left" in str(caught.value) or action != "resume" or name == "\ud800"
+    assert "has changed since it was written" in str(caught.value) or action != "resume" or name == "\ud800"
 
 
 def test_a_record_with_strange_keys_is_told_in_text_that_can_be_printed(out: Path) -> None:
@@ -330,7 +330,7 @@ OTHERS = (
 def test_a_name_that_is_almost_one_of_this_tools_is_left_alone(state: str, name: str, out: Path) -> None:
     fill(out, state)
     (out / name).write_text("mine")
-    with pytest.raises(MlaToolsError, match="holds what this tool did not make"):
+    with pytest.raises(MlaToolsError, match="holds files that this tool did not make"):
         execute(bench().plan, out, overwrite=True)
     assert (out / name).read_text() == "mine"
 

@@ -136,7 +136,7 @@ def test_a_second_scale_that_is_none_is_refused(codec: Fp4, second: float) -> No
     parts = random_parts(codec, 2, 32, 1)
     codec.check(cut(codec, parts, 0, 2))
     parts[codec.overall] = np.array(second, np.float32).reshape(codec.overall_shape)
-    with pytest.raises(MlaToolsError, match=f"weight{codec.overall} holds .*which is no scale"):
+    with pytest.raises(MlaToolsError, match=f"weight{codec.overall} holds .*which is not a valid scale"):
         codec.check(cut(codec, parts, 0, 2))
 
 

@@ -94,7 +94,7 @@ def test_tensors_that_the_index_lacks_are_taken_with_a_note(folder: Path) -> Non
     assert checkpoint.problems == ()
     assert checkpoint.tensors.keys() == layers(0, 1, 2, 3, 4, 5) | set(scales)
     assert checkpoint.notes == (
-        f"{TWO} holds tensors that the index does not name, taken: "
+        f"{TWO} holds tensors that the index does not name; they are used: "
         "2 tensors (2 x model.layers.{2,3}.weight_scale)",
     )
 
@@ -103,7 +103,7 @@ def test_a_tensor_that_its_shard_lacks_is_a_problem(folder: Path) -> None:
     shard(folder, TWO, "model.layers.2.weight")
     checkpoint = open_checkpoint(folder)
     (problem,) = checkpoint.problems
-    what = f"the index places it in {TWO}, and it is not there"
+    what = f"the index places it in {TWO}, but it is not there"
     assert (problem.subject, problem.what) == ("model.layers.3.weight", what)
     assert problem.found == "in no file that could be read"
     assert checkpoint.lost == {"model.layers.3.weight": what}
@@ -143,7 +143,7 @@ def test_files_that_the_index_does_not_name_are_left_out(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert checkpoint.problems == ()
     assert checkpoint.notes == (
-        "consolidated.safetensors, extra.safetensors: not named by the index, left out",
+        "consolidated.safetensors, extra.safetensors: not named by the index, ignored",
     )
     assert "extra" not in checkpoint.tensors
 
@@ -271,19 +271,19 @@ def test_companions_are_everything_but_weights(folder: Path) -> None:
     (folder / "vocab.json").symlink_to(folder / "nowhere")
     checkpoint = open_checkpoint(folder)
     assert [path.name for path in checkpoint.companions] == sorted([*wanted, "linked.json"])
-    assert checkpoint.notes == ("vocab.json is a link to a file that is gone, not copied",)
+    assert checkpoint.notes == ("vocab.json is a link to a missing file, not copied",)
     skipped = {each.name: each.reason for each in checkpoint.skipped}
     assert skipped == {
         ".gitattributes": "hidden",
-        "README.md": "not of a kind that is copied",
+        "README.md": "not a kind of file that is copied",
         "assets.json/": "a folder",
         "config.json": "written anew",
         "fp8.safetensors.index.json": "written anew",
         "model.safetensors.index.json": "written anew",
-        "other.model": "not of a kind that is copied",
+        "other.model": "not a kind of file that is copied",
         "pytorch_model.bin": "weights in another format",
         "pytorch_model.bin.index.json": "the index of weights in another format",
-        "vocab.json": "is a link to a file that is gone",
+        "vocab.json": "is a link to a missing file",
     }
     shards = {shard.name for shard in checkpoint.shards}
     copied = {each.name for each in checkpoint.companions}
@@ -295,8 +295,8 @@ def test_companions_are_everything_but_weights(folder: Path) -> None:
 SKIPPED = [
     pytest.param("hf_quant_config.json", "describes the quantization", id="quantization"),
     pytest.param("extra.safetensors", "weights that are not part of the model", id="other weights"),
-    pytest.param("mla_tools.json", "tells of another output of mla-sanitize", id="record"),
-    pytest.param("Config.json", "differs from config.json in upper and lower case alone", id="case"),
+    pytest.param("mla_tools.json", "describes another output of mla-sanitize", id="record"),
+    pytest.param("Config.json", "differs from config.json only in upper and lower case", id="case"),
     *(
         pytest.param(f"model.{ending}", "weights in another format", id=ending)
         for ending in ("bin", "ckpt", "gguf", "h5", "msgpack", "npz", "onnx", "pkl", "pt", "pth")
@@ -316,8 +316,8 @@ def test_a_file_that_is_not_copied_has_a_reason(folder: Path, name: str, reason:
 def test_a_file_that_cannot_be_copied_is_skipped_and_noted(folder: Path) -> None:
     os.mkfifo(folder / "pipe.json")
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.notes == ("pipe.json is no regular file, not copied",)
-    assert Skipped("pipe.json", "is no regular file") in checkpoint.skipped
+    assert checkpoint.notes == ("pipe.json is not a regular file, not copied",)
+    assert Skipped("pipe.json", "is not a regular file") in checkpoint.skipped
 
 
 def test_sections_on_the_old_quantization_are_not_copied(folder: Path) -> None:
@@ -334,9 +334,9 @@ def test_sections_on_the_old_quantization_are_not_copied(folder: Path) -> None:
 
 # The folder holds 48 elements in 96 bytes.
 SIZES = [
-    pytest.param(48, " is 48, the number of elements; the tensors are 96 bytes", id="elements"),
-    pytest.param(7, " is 7; the tensors are 96 bytes", id="neither"),
-    pytest.param(-(10**30), " is absurd; the tensors are 96 bytes", id="absurd"),
+    pytest.param(48, " is 48, the number of elements; the tensors have 96 bytes", id="elements"),
+    pytest.param(7, " is 7; the tensors have 96 bytes", id="neither"),
+    pytest.param(-(10**30), " is absurd; the tensors have 96 bytes", id="absurd"),
     *(pytest.param(size, "", id=repr(size)) for size in (96, None, "48", 48.0, True, [48])),
 ]
 
@@ -347,7 +347,7 @@ def test_a_total_size_that_is_not_bytes_is_a_note(folder: Path, size: object, no
     index(folder, places, total_size=size)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.problems == ()
-    wanted = f"total_size in model.safetensors.index.json{note}, which counts"
+    wanted = f"total_size in model.safetensors.index.json{note}, and this number is used"
     assert checkpoint.notes == ((wanted,) if note else ())
 
 

@@ -65,9 +65,9 @@ STRANGE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "link": (linked, "is a link"),
     "link to nothing": (linked_to_nothing, "is a link"),
     "link to a device": (a_device, "is a link"),
-    "hard link": (hard_linked, r"is also a file elsewhere \(a hard link\)"),
-    "pipe": (piped, "is no regular file"),
-    "folder": (made_a_folder, "is no regular file"),
+    "hard link": (hard_linked, r"has another name too \(a hard link\)"),
+    "pipe": (piped, "is not a regular file"),
+    "folder": (made_a_folder, "is not a regular file"),
 }
 
 
@@ -144,10 +144,10 @@ def test_only_the_file_that_is_known_is_removed(folder: Directory) -> None:
 def test_what_is_read_has_a_limit(folder: Directory) -> None:
     folder.write("name", b"12345")
     assert folder.read("name", 5) == b"12345"
-    with pytest.raises(MlaToolsError, match=r"name is too large for what it is \(5 bytes, at most 4\)"):
+    with pytest.raises(MlaToolsError, match=r"name is too large \(5 bytes, at most 4\)"):
         folder.read("name", 4)
     os.truncate(folder.path / "name", 20 << 30)
-    with pytest.raises(MlaToolsError, match="is too large for what it is"):
+    with pytest.raises(MlaToolsError, match="is too large"):
         folder.read("name", 1 << 20)
     assert folder.read("nothing", 5) is None
 

@@ -170,16 +170,16 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 ENDPOINTS = [
-    pytest.param("http://[::1", "http://[::1: needed", id="bracket"),
-    pytest.param("http://127.0.0.1:port", "http://127.0.0.1:port: needed", id="port"),
-    pytest.param("http://127.0.0.1:65536", "http://127.0.0.1:65536: needed", id="large_port"),
-    pytest.param("127.0.0.1:1", "127.0.0.1:1: needed", id="no_scheme"),
-    pytest.param("ftp://127.0.0.1", "ftp://127.0.0.1: needed", id="ftp"),
-    pytest.param("http://", "http://: needed", id="no_host"),
-    pytest.param("http://127.0.0.1?x=", "http://127.0.0.1?x=: needed", id="query"),
-    pytest.param("http://127.0.0.1/\x1b", r"'http://127.0.0.1/\x1b': needed", id="control"),
-    pytest.param("http://127.0.0.1/" + "x" * 9000, "(9,017 characters): needed", id="long"),
-    pytest.param("ftp://me:secret@127.0.0.1", "ftp://127.0.0.1: needed", id="password"),
+    pytest.param("http://[::1", "http://[::1: it must", id="bracket"),
+    pytest.param("http://127.0.0.1:port", "http://127.0.0.1:port: it must", id="port"),
+    pytest.param("http://127.0.0.1:65536", "http://127.0.0.1:65536: it must", id="large_port"),
+    pytest.param("127.0.0.1:1", "127.0.0.1:1: it must", id="no_scheme"),
+    pytest.param("ftp://127.0.0.1", "ftp://127.0.0.1: it must", id="ftp"),
+    pytest.param("http://", "http://: it must", id="no_host"),
+    pytest.param("http://127.0.0.1?x=", "http://127.0.0.1?x=: it must", id="query"),
+    pytest.param("http://127.0.0.1/\x1b", r"'http://127.0.0.1/\x1b': it must", id="control"),
+    pytest.param("http://127.0.0.1/" + "x" * 9000, "(9,017 characters): it must", id="long"),
+    pytest.param("ftp://me:secret@127.0.0.1", "ftp://127.0.0.1: it must", id="password"),
 ]
 
 
@@ -196,7 +196,7 @@ def test_a_bad_endpoint_is_named(
     with pytest.raises(MlaToolsError) as caught:
         locate(NAME, download=download)
     assert "HF_ENDPOINT is " in str(caught.value)
-    assert f"{text} is an address such as https://huggingface.co" in str(caught.value)
+    assert f"{text} be an address such as https://huggingface.co" in str(caught.value)
     assert str(caught.value).isprintable()
 
 
@@ -211,7 +211,7 @@ SETTINGS = [
         "SSL_CERT_FILE", __file__, "the network cannot be used: .* Check SSL_CERT_FILE.", id="ca_nonsense"
     ),
     *(
-        pytest.param("HF_TOKEN", token, "has characters that no token has. Check HF_TOKEN.", id=name)
+        pytest.param("HF_TOKEN", token, "contains invalid characters. Check HF_TOKEN.", id=name)
         for name, token in (
             ("latin", "hf_\xe9"),
             ("control", "hf_\x1b"),
@@ -237,7 +237,7 @@ def test_a_bad_setting_is_named(
 @pytest.mark.parametrize("timeout", [-1, 0, 3601, 10**30])
 def test_a_timeout_has_bounds(timeout: int, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", timeout)
-    with pytest.raises(MlaToolsError, match=f"HF_HUB_DOWNLOAD_TIMEOUT is {timeout}; needed are 1 to 3,600"):
+    with pytest.raises(MlaToolsError, match=f"HF_HUB_DOWNLOAD_TIMEOUT is {timeout}; it must be 1 to 3,600"):
         locate(NAME)
 
 
@@ -250,18 +250,18 @@ def test_a_bad_token_file_is_told(
         path.mkdir()
     else:
         path.write_bytes(content)
-    with pytest.raises(MlaToolsError, match=r"the token for the hub (cannot be read: |has characters)"):
+    with pytest.raises(MlaToolsError, match=r"the token for the hub (cannot be read: |contains invalid)"):
         locate(NAME)
 
 
 # What huggingface_hub reads when it is imported can be tried only in a process of its own.
 IMPORTED = [
-    pytest.param({"HF_ENDPOINT": "http://[::1"}, [], r"HF_ENDPOINT is http://\[::1: needed", id="endpoint"),
+    pytest.param({"HF_ENDPOINT": "http://[::1"}, [], r"HF_ENDPOINT is http://\[::1: it must", id="endpoint"),
     pytest.param({"HF_ENDPOINT": "http://x:port"}, ["--download"], "HF_ENDPOINT is http://x:port", id="port"),
     pytest.param({"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}, [], "Check HF_HUB_DOWNLOAD_TIMEOUT", id="timeout"),
     pytest.param({"HF_HOME": "/dev/null"}, [], "the token .* Check HF_HOME", id="home"),
     pytest.param({"HF_HOME": "/dev/null"}, ["--download"], "the token .* Check HF_HOME", id="home_download"),
-    pytest.param({"HF_TOKEN": "hf_\n\xe9"}, ["--download"], "no token has. Check HF_TOKEN", id="token"),
+    pytest.param({"HF_TOKEN": "hf_\n\xe9"}, ["--download"], "invalid characters. Check HF_TOKEN", id="token"),
     pytest.param({"HTTP_PROXY": "::", "HF_HUB_OFFLINE": "1"}, [], "Check HTTP_PROXY", id="proxy_offline"),
     pytest.param({"REQUESTS_CA_BUNDLE": "/no/such"}, [], "holds no safetensors files", id="requests"),
 ]

@@ -426,7 +426,7 @@ def test_patience_ends(hub: Hub, fault: Any, reason: str) -> None:
 def test_nobody_waits_for_a_day(hub: Hub) -> None:
     hub.always = Faults.status(429, Retry_After="86400")
     waits: list[float] = []
-    with pytest.raises(MlaToolsError, match="answers 429, and wants to be left alone for 86,400 seconds"):
+    with pytest.raises(MlaToolsError, match="answers 429, and asks for a pause of 86,400 seconds"):
         read(opened(hub, waits), 0, 8)
     assert waits == []
 
@@ -522,7 +522,7 @@ PERMANENT = [
     ),
     pytest.param(
         Faults.status(416, Content_Range="bytes */7"),
-        r"ends before it should\n  needed  bytes 0 to 131,080 of 1,000,000\n  found   bytes \*/7\n",
+        r"ends too early\n  needed  bytes 0 to 131,080 of 1,000,000\n  found   bytes \*/7\n",
         id="416",
     ),
     pytest.param(Faults.status(418), "model.safetensors cannot be read: the server answers 418", id="418"),
@@ -536,7 +536,7 @@ PERMANENT = [
         Faults.status(302, Location="https://"), "to https://, which is not safe", id="redirect_to_no_host"
     ),
     pytest.param(Faults.status(302, Location="?"), "redirects in a circle", id="redirect_in_a_circle"),
-    pytest.param(total, "another size .*\n  needed  1,000,000 .*\n  found   1,000,001 bytes", id="size"),
+    pytest.param(total, "the wrong size.*\n  needed  1,000,000 .*\n  found   1,000,001 bytes", id="size"),
     pytest.param(
         longer,
         r"sends another range\n  needed  bytes 0-131079/1000000\n  found   bytes 0-131080/1000000",
@@ -547,7 +547,7 @@ PERMANENT = [
     pytest.param(too_much, "the server sends more than it says", id="too_much"),
     pytest.param(whole, "cannot be read by ranges: 127.0.0.1 sends the whole file instead", id="whole"),
     pytest.param(vast, "cannot be read by ranges: 127.0.0.1 sends the whole file instead", id="vast"),
-    pytest.param(squeezed, "sends it compressed", id="compressed"),
+    pytest.param(squeezed, "sends compressed data", id="compressed"),
     pytest.param(other_commit, f"the hub answers with another commit, {LATER}", id="commit"),
 ]
 
@@ -573,12 +573,12 @@ LOCATIONS = [
     ),
     pytest.param("http://[::1", r"redirects to http://\[::1, which is not safe", id="bracket"),
     pytest.param(
-        "http://127.0.0.1:port/", "redirects to http://127.0.0.1:port/, which is no address", id="port"
+        "http://127.0.0.1:port/", "redirects to http://127.0.0.1:port/, which is not an address", id="port"
     ),
     pytest.param(
-        "/\x1b[31m", r"redirects to 'http://127.0.0.1:\d+/\\x1b\[31m', which is no address", id="control"
+        "/\x1b[31m", r"redirects to 'http://127.0.0.1:\d+/\\x1b\[31m', which is not an address", id="control"
     ),
-    pytest.param("//\xff..\xe9/", "redirects to http://\xff..\xe9/, which is no address", id="latin"),
+    pytest.param("//\xff..\xe9/", "redirects to http://\xff..\xe9/, which is not an address", id="latin"),
     pytest.param(f"http://{'n' * 70}.x/", "http://n+.x cannot be reached", id="host"),
     pytest.param("ftp://127.0.0.1/", "redirects to ftp://127.0.0.1/, which is not safe", id="ftp"),
 ]
@@ -617,7 +617,9 @@ def test_a_location_that_the_http_library_cannot_read_is_a_sentence(
     waits: list[float] = []
     repository = opened(hub, waits)
     monkeypatch.setattr("mla_tools.files.network.session", Client)
-    with pytest.raises(MlaToolsError, match=r"redirects to what is no address \(.*\\x1b.*\)\.") as caught:
+    with pytest.raises(
+        MlaToolsError, match=r"redirects to something that is not an address \(.*\\x1b.*\)\."
+    ) as caught:
         read(repository, 0, 8)
     assert str(caught.value).isprintable()
     assert waits == []
@@ -780,7 +782,7 @@ LISTINGS = [
             ("no_siblings", b'{"sha": "%s"}' % COMMIT.encode(), "found   files None"),
             ("siblings_object", b'{"sha": "%s", "siblings": {}}' % COMMIT.encode(), "found   files {}"),
             ("sibling_list", b'{"sha": "%s", "siblings": [[]]}' % COMMIT.encode(), r"found   files \[\[\]\]"),
-            ("key_twice", b'{"sha": "a", "sha": "b", "siblings": []}', "found   the key sha twice"),
+            ("key_twice", b'{"sha": "a", "sha": "b", "siblings": []}', "found   a duplicate key: sha"),
             ("deep", b'{"a":' * 100_000, "found   it is nested too deeply"),
             ("digits", b'{"sha": %s}' % (b"9" * 5000), "found   it is not JSON"),
             ("not_text", b"\xff{}", "found   it is not UTF-8 text"),
@@ -805,7 +807,7 @@ def test_a_repository_that_cannot_be_listed_is_told(hub: Hub, fault: Any, text: 
 def test_a_name_that_is_listed_twice_is_told(hub: Hub) -> None:
     items = [{"rfilename": name, "size": 1} for name in ("a.json", "A.json", "b.json", "a.json")]
     hub.listing = lambda call: call.answer(200, listing(*items))
-    with pytest.raises(CheckpointError, match=r"a.json: is listed in org/name twice") as caught:
+    with pytest.raises(CheckpointError, match=r"a.json: is a duplicate in org/name") as caught:
         opened(hub)
     assert len(caught.value.problems) == 1
 
@@ -855,7 +857,7 @@ def test_a_listing_is_not_decompressed(hub: Hub) -> None:
     bomb = gzip.compress(bytes(10_000_000))
     hub.listing = lambda call: call.answer(200, bomb, {"Content-Encoding": "gzip"})
     with pytest.raises(
-        CheckpointError, match="org/name: the server sends it compressed, which was not asked"
+        CheckpointError, match="org/name: the server sends compressed data, which was not requested"
     ):
         opened(hub)
     assert {asked.encoding for asked in hub.asked} == {"identity"}
@@ -1018,9 +1020,9 @@ def test_two_revisions_are_wrong_usage(served: Hub, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("hf://org", "a repository is written hf://org/name@revision"),
-        ("hf://datasets/org/name", "a repository is written hf://org/name@revision"),
-        ("hf://org/name/config.json", "a repository is written hf://org/name@revision"),
+        ("hf://org", "write a repository as hf://org/name@revision"),
+        ("hf://datasets/org/name", "write a repository as hf://org/name@revision"),
+        ("hf://org/name/config.json", "write a repository as hf://org/name@revision"),
         ("hf://org/na me", "hf://org/na me: not a repository name"),
         ("hf://org/name@v2", "hf://org/name@v2: org/name has no revision v2"),
         ("org/other", "org/other: no such folder, and org/other: there is no such repository"),

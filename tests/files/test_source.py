@@ -37,10 +37,10 @@ def test_a_companion_that_cannot_be_copied_is_a_note_while_planning(folder: Path
     assert checkpoint.problems == ()
     assert [item.name for item in checkpoint.companions] == [fits, "tokenizer.json"]
     assert sorted(checkpoint.notes) == [
-        "Config.json differs from config.json in upper and lower case alone, not copied",
-        "Tokenizer.json differs from tokenizer.json in upper and lower case alone, not copied",
+        "Config.json differs from config.json only in upper and lower case, not copied",
+        "Tokenizer.json differs from tokenizer.json only in upper and lower case, not copied",
         f"{long} has a name of more than 247 bytes, not copied",
-        "pipe.json is no regular file, not copied",
+        "pipe.json is not a regular file, not copied",
     ]
 
 
@@ -214,5 +214,5 @@ def test_without_a_hash_there_is_nothing_to_compare_with(note: str | None, folde
         path.write_text(note, encoding="latin-1")
     checkpoint = open_checkpoint(home)
     assert [bool(shard.tag) for shard in checkpoint.shards] == [True, False, True]
-    with pytest.raises(MlaToolsError, match=f"the hash that the hub gives is not known for {TWO}"):
+    with pytest.raises(MlaToolsError, match=f"the hub's hash is not known for {TWO}"):
         check_content(checkpoint)

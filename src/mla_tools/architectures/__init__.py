@@ -11,7 +11,7 @@ from mla_tools.architectures import (
     deepseek_v2,
     deepseek_v3,
     deepseek_v4,
-    deepseek_v4_drafts,
+    deepseek_v4_mtp,
     deepseek_v32,
     deepseek_v41,
     glm4_moe_lite,
@@ -40,7 +40,7 @@ MODEL_TYPES: dict[str, Family] = {
     "deepseek_v32": deepseek_v32.FAMILY,
     "deepseek_v4": deepseek_v4.FAMILY,
     "deepseek_v41": deepseek_v41.FAMILY,
-    # The text_config of deepseek_v41 by itself; mlx-lm has one class for both.
+    # The text_config of deepseek_v41 alone; mlx-lm has one class for both.
     "deepseek_v41_text": deepseek_v41.FAMILY,
     "glm4_moe_lite": glm4_moe_lite.FAMILY,
     "glm_moe_dsa": glm_moe_dsa.FAMILY,
@@ -65,8 +65,8 @@ MODEL_TYPES: dict[str, Family] = {
 # Names are made one by one; the largest models published have less than a tenth of this many.
 _MOST_TENSORS = 4_000_000
 
-# Family -> what the names of its draft layers begin with, and what makes a family of their own of them.
-DRAFTERS = {"deepseek_v4": (deepseek_v4_drafts.PREFIX, deepseek_v4_drafts.drafter)}
+# Family -> the prefix of its MTP layers, and what makes a separate family of them.
+DRAFTERS = {"deepseek_v4": (deepseek_v4_mtp.PREFIX, deepseek_v4_mtp.drafter)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -120,7 +120,7 @@ def table_of(config: Mapping[str, Any], family: Family | None = None) -> tuple[F
     wanted = sum(len(route.source) * prod(map(len, route.where.values())) for route in routes)
     if wanted > _MOST_TENSORS:
         needed, found = f"a model of at most {_MOST_TENSORS:,} tensors", f"{wanted:,}"
-        cause = "The numbers of layers and experts multiply to this: are they right?"
+        cause = "Are the numbers of layers and experts right?"
         problem = Problem("config.json", "the model would have too many tensors", needed, found, cause)
         raise CheckpointError([problem])
     return family, Table(rules, drops)

@@ -25,7 +25,7 @@ def gated_mla(g: Geometry, where: blocks.Where) -> list[Rule]:
         f"{_ATTENTION}.g_proj", (g.count("num_attention_heads"), g.dim("hidden_size")), where
     )
     inputs = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "embed_q", "g_proj")
-    return blocks.left_dense(rules, *inputs)
+    return blocks.left_unquantized(rules, *inputs)
 
 
 def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
@@ -33,7 +33,7 @@ def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
     hidden, heads = g.dim("hidden_size"), g.count("num_attention_heads")
     decay = blocks.param(f"{_ATTENTION}.A_log", (heads,), where)
     rules = delta_attention(_ATTENTION, hidden, heads, g, where, decay, conv="conv1d", full="fg", cast=True)
-    return blocks.left_dense(rules, ".b_proj")
+    return blocks.left_unquantized(rules, ".b_proj")
 
 
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
@@ -57,7 +57,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         *blocks.mlp(f"{mlp}.shared_experts", hidden, shared, where),
     ]
     rules, drops = blocks.tied_embeddings(g, "model.word_embeddings")
-    words, norm, *head = blocks.left_dense(rules, "word_embeddings", "lm_head")
+    words, norm, *head = blocks.left_unquantized(rules, "word_embeddings", "lm_head")
     rules = [words, norm]
     rules += blocks.decoder_norms(g, {"l": layers})
     rules += kda(g, {"l": linear})
@@ -83,7 +83,7 @@ def _check_architecture(g: Geometry) -> None:
                 "this architecture is not known",
                 f"model_type bailing_hybrid with the architecture {ARCHITECTURE}",
                 f"architectures {given!r}"[:120],
-                "Ling 2.5 and Ring 2.5 have the same model_type and other modules.",
+                "Ling 2.5 and Ring 2.5 have the same model_type, but other modules.",
             )
         )
 

@@ -20,7 +20,7 @@ __all__ = [
     "embeddings",
     "experts",
     "fused_experts",
-    "left_dense",
+    "left_unquantized",
     "linear",
     "mla_attention",
     "mlp",
@@ -68,11 +68,11 @@ def _rule(name: str, shape: Shape, where: Where, target: str | None, what: Param
     return Rule.of(f"{name}.weight", f"{target or name}.weight", shape, where=where, param=what)
 
 
-def left_dense(rules: Iterable[Rule], *endings: str, raw: bool = False) -> list[Rule]:
-    """Return the rules, those whose targets end so marked as what the class does not quantize."""
+def left_unquantized(rules: Iterable[Rule], *endings: str, raw: bool = False) -> list[Rule]:
+    """Return the rules; those whose targets end so are marked as unquantized in the class."""
     marked = tuple(f"{ending}.weight" for ending in endings)
     return [
-        replace(rule, param=replace(rule.param, dense=True, raw=raw))
+        replace(rule, param=replace(rule.param, unquantized=True, raw=raw))
         if rule.target[0].endswith(marked)
         else rule
         for rule in rules

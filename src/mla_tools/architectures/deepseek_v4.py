@@ -31,8 +31,8 @@ _SPARSE = 4
 _RATIOS = (0, _SPARSE, 128)
 
 _LINEAR = Param(quantizable=True)
-# What the official checkpoints leave in floats, and the class out of -q.
-_DENSE = Param(quantizable=True, dense=True, cast=False)
+# Unquantized in the official checkpoints, and exempt from -q in the class.
+_UNQUANTIZED = Param(quantizable=True, unquantized=True, cast=False)
 _KEPT = Param(cast=False)
 
 # Theirs for gate, down and up projection.
@@ -66,7 +66,7 @@ class Place:
         layouts: tuple[str, ...] = (HUB, _TRANSFORMERS, _STACKED),
         because: str = "",
     ) -> list[Form]:
-        """Return a form for each way to write these names, DeepSeek's own first; several are each by itself.
+        """Return a form for each way to write these names, DeepSeek's own first; several are separate forms.
 
         `layouts` are those of the names, the last for all further ones.
         """
@@ -146,7 +146,7 @@ def _join(prefix: str, name: str) -> str:
 _TOP = Place("", "model", ("model",))
 _HEAD = Place("", "", ("model",))
 _LAYER = Place("layers.{l}", "model.layers.{l}", ("model.layers.{l}",))
-_DRAFT = Place("mtp.{l}", "mtp.{l}")
+_MTP = Place("mtp.{l}", "mtp.{l}")
 
 
 def attention(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
@@ -208,7 +208,7 @@ def compressor(
             [f"{name}.{theirs}.weight" for theirs, _ in pair],
             ((width, hidden), (width, hidden)),
             where,
-            _DENSE,
+            _UNQUANTIZED,
             more=both,
         ),
         at.one((f"{name}.ape", f"{others}.position_bias"), f"{name}.ape", (ratio, width), where, _KEPT),
@@ -230,7 +230,7 @@ def compression(g: Geometry, at: Place, ratios: Sequence[int]) -> list[Rule]:
         weights = (f"{name}.weights_proj", f"{others}.scorer.weights_proj")
         rules += [
             at.linear((f"{name}.wq_b", f"{others}.q_b_proj"), f"{name}.wq_b", (heads * width, rank), sparse),
-            at.linear(weights, f"{name}.weights_proj", (heads, hidden), sparse, _DENSE),
+            at.linear(weights, f"{name}.weights_proj", (heads, hidden), sparse, _UNQUANTIZED),
         ]
         rules += compressor(g, at, sparse, _SPARSE, width, f"{name}.compressor", others)
     return rules
@@ -341,24 +341,24 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         *compression(g, _LAYER, ratios),
         *mixture(g, _LAYER, where, hashed),
     ]
-    return rules, drafts(g)
+    return rules, mtp_drops(g)
 
 
-def drafts(g: Geometry) -> list[Drop]:
-    """Return the drops of the draft layers, which are blocks without compression, and what is around them."""
+def mtp_drops(g: Geometry) -> list[Drop]:
+    """Return the drops of the MTP layers: blocks without compression, and what is around them."""
     hidden, layers = g.dim("hidden_size"), g.layers().stop
     anywhere: blocks.Where = {"l": range(OPEN)}
     inside = [
-        *connections(g, _DRAFT, anywhere),
-        *attention(g, _DRAFT, anywhere),
-        *mixture(g, _DRAFT, anywhere, range(0)),
-        *collapse(g, _DRAFT, anywhere),
-        _DRAFT.linear(("enorm",), "enorm", (hidden,), anywhere),
-        _DRAFT.linear(("hnorm",), "hnorm", (hidden,), anywhere),
-        _DRAFT.linear(("e_proj",), "e_proj", (hidden, hidden), anywhere),
-        _DRAFT.linear(("h_proj",), "h_proj", (hidden, hidden), anywhere),
+        *connections(g, _MTP, anywhere),
+        *attention(g, _MTP, anywhere),
+        *mixture(g, _MTP, anywhere, range(0)),
+        *collapse(g, _MTP, anywhere),
+        _MTP.linear(("enorm",), "enorm", (hidden,), anywhere),
+        _MTP.linear(("hnorm",), "hnorm", (hidden,), anywhere),
+        _MTP.linear(("e_proj",), "e_proj", (hidden, hidden), anywhere),
+        _MTP.linear(("h_proj",), "h_proj", (hidden, hidden), anywhere),
     ]
-    # Of the DSpark drafts in 0731, whose sizes config.json does not say.
+    # Of the DSpark stages in 0731, whose sizes config.json does not say.
     further = ("main_proj", "main_norm", "markov_head.markov_w1", "markov_head.markov_w2")
     more = (*further, "confidence_head.proj")
     reason = f"multi-token prediction (mtp), not part of the model's {layers} layers"

@@ -117,19 +117,19 @@ def connections(g: Geometry, where: blocks.Where) -> list[Rule]:
     return rules
 
 
-def left_out(g: Geometry, layers: range) -> list[Drop]:
-    """Return the drops of what mlx-lm's class cannot run: image encoder, engram memory, MTP layers."""
+def other_drops(g: Geometry, layers: range) -> list[Drop]:
+    """Return the drops of what mlx-lm's class cannot run: vision tensors, engram memory, MTP layers."""
     count = g.count("n_routed_experts")
-    image = "for images, and mlx-lm's class is the text model alone"
-    engram = "engram memory, which mlx-lm's class cannot run"
-    mtp = "multi-token prediction, which mlx-lm's class does not run (mtp)"
+    vision = "vision tensor, not part of mlx-lm's model class"
+    engram = "engram memory, which mlx-lm's model class cannot run"
+    mtp = "multi-token prediction (mtp), which mlx-lm's model class does not run"
     names: dict[str, str] = {}
     for block in ("norm1", "norm2", "attn.wqkv", "attn.wo", "mlp.w1", "mlp.w2"):
-        names[f"vision.blocks.{{l}}.{block}"] = image
+        names[f"vision.blocks.{{l}}.{block}"] = vision
     for module in ("vision.patch_embed.proj", "vision.norm", "aligner.w1", "aligner.w2"):
-        names[module] = image
+        names[module] = vision
     weights = {f"{name}.{part}": why for name, why in names.items() for part in ("weight", "bias")}
-    weights |= dict.fromkeys(("image_start", "image_end", "image_newline", "image_pad"), image)
+    weights |= dict.fromkeys(("image_start", "image_end", "image_newline", "image_pad"), vision)
     for part in ("embed.weight", "wkv.weight", "q_weight", "k_weight"):
         weights[f"layers.{{l}}.engram.{part}"] = engram
     modules = ["main_proj", "main_norm", "norm", "markov_head.embed", "markov_head.head"]
@@ -143,7 +143,7 @@ def left_out(g: Geometry, layers: range) -> list[Drop]:
         Drop(text, why, {i: range(OPEN) for i in "le" if f"{{{i}}}" in text}, usual=False)
         for text, why in weights.items()
     ]
-    return [*drops, Drop("layers.{l}.ffn.gate.bias_vl", image, {"l": layers}, (count,))]
+    return [*drops, Drop("layers.{l}.ffn.gate.bias_vl", vision, {"l": layers}, (count,))]
 
 
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
@@ -151,7 +151,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     where: blocks.Where = {"l": layers}
     if engram := g.config.get("engram_layer_ids"):
         # Without the memory the model would answer, and wrongly; mlx-lm refuses to build it.
-        cause = "The tensors named layers.*.engram are a part of the model that mlx-lm's class does not have."
+        cause = "mlx-lm's model class lacks the part with the tensors layers.*.engram."
         needed = "a model without engram memory"
         g.problems.append(
             Problem(
@@ -171,7 +171,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         *mixture(g, where),
         *connections(g, where),
     ]
-    return rules, left_out(g, layers)
+    return rules, other_drops(g, layers)
 
 
 FAMILY = Family(

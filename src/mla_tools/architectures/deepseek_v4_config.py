@@ -44,7 +44,7 @@ def hub_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
-    """Return what the class does not compute, or computes otherwise than transformers."""
+    """Return what the class does not compute, or computes differently from transformers."""
     keys = {**config, **hub_keys(config)}
     scaling, mlps = keys.get("rope_scaling"), config.get("mlp_layer_types")
     scaling = scaling if isinstance(scaling, Mapping) else {}
@@ -58,19 +58,21 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
         "layers that hash tokens after others": "hash_moe" in scored,
     }
     return [
-        Problem("config.json", "the class for DeepSeek V4 computes something else", "no such thing", what)
+        Problem(
+            "config.json", "the model class for DeepSeek V4 computes something else", "no such thing", what
+        )
         for what, is_there in found.items()
         if is_there
     ]
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
-    """Say where the list of ratios goes on after the last layer."""
+    """Return a note on ratios beyond the last layer."""
     ratios, layers = config.get("compress_ratios"), config.get("num_hidden_layers")
     if not isinstance(ratios, list) or not isinstance(layers, int) or len(ratios) <= layers:
         return []
     beyond = len(ratios) - layers
     return [
         f"compress_ratios in config.json has {len(ratios)} numbers for {layers} layers; the last {beyond}"
-        f" {'are those' if beyond > 1 else 'is that'} of draft layers, and not read"
+        f" {'belong to MTP layers and are' if beyond > 1 else 'belongs to an MTP layer and is'} ignored"
     ]

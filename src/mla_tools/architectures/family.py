@@ -13,11 +13,11 @@ from mla_tools.rules import Drop, Form, Rule
 
 __all__ = ["NOT_FOR_MLX_VLM", "Family", "refusal", "wrapped"]
 
-# What an output with its tensors for images is for. Source: loading both with mlx-vlm 0.7.10.
-FOR_MLX_VLM = "mlx-vlm loads all of it; mlx_lm.load leaves them out and loads the language model"
+# What can load an output with vision tensors. Source: loading both with mlx-vlm 0.7.10.
+FOR_MLX_VLM = "mlx-vlm loads the whole model; mlx_lm.load ignores them and loads the language model"
 NOT_FOR_MLX_VLM = (
-    "mlx_lm.load leaves them out and loads the language model; mlx-vlm 0.7.10 does not load it, as its class"
-    " wants kv_b_proj in one piece"
+    "mlx_lm.load ignores them and loads the language model; mlx-vlm 0.7.10 cannot load this output, because"
+    " its class needs kv_b_proj in one piece"
 )
 
 # Makes the rules and drops of a family for one config.
@@ -39,8 +39,8 @@ class Family:
     `rewrite` and `refuse` all see that section. `rewrite` returns the keys that the
     output's config must have instead, because mlx-lm's class reads them differently; without it,
     rope_parameters become rope_theta and rope_scaling. `refuse` returns what makes that class compute
-    something else than the reference implementation, whatever the weights. `images` says what an output
-    is for in which the tensors for images were kept. `runtime` is the module of `mla_tools.models` whose
+    something else than the reference implementation, whatever the weights. `vision` says what
+    can load an output with vision tensors. `runtime` is the module of `mla_tools.models` whose
     class loads the output where mlx-lm has none: a file that imports it is put beside the weights.
     `remarks` returns what a plan should say about a config that the tensors do not bear out.
     """
@@ -56,7 +56,7 @@ class Family:
     flat: bool = False
     rewrite: Callable[[Config], Config] | None = None
     refuse: Callable[[Config], list[Problem]] | None = None
-    images: str = ""
+    vision: str = ""
     runtime: str = ""
     remarks: Callable[[Config], list[str]] | None = None
 
@@ -113,7 +113,9 @@ class Family:
 
 def refusal(what: str, *, needed: str = "", found: str = "", cause: str = "") -> Problem:
     """Return the problem of a config that mlx-lm's class would compute wrongly."""
-    return Problem("config.json", f"mlx-lm's class computes something else: {what}", needed, found, cause)
+    return Problem(
+        "config.json", f"mlx-lm's model class computes something else: {what}", needed, found, cause
+    )
 
 
 def wrapped(
@@ -125,7 +127,7 @@ def wrapped(
     dropped: Mapping[str, str],
     architectures: tuple[str, ...] = (),
     layouts: Mapping[str, tuple[str, str]] | None = None,
-    images: str = FOR_MLX_VLM,
+    vision: str = FOR_MLX_VLM,
 ) -> Family:
     """Return the family of a multimodal config whose text_config is one of `inner`.
 
@@ -144,8 +146,8 @@ def wrapped(
                 for plain, rule in zip(inside, rules, strict=True)
             ]
             # The other modules stand beside "language_model", wherever that stands.
-            drops += left_out(dropped, model.removesuffix(f"{prefix}."), usual=False)
-        return rules, drops + left_out(dropped)
+            drops += vision_drops(dropped, model.removesuffix(f"{prefix}."), usual=False)
+        return rules, drops + vision_drops(dropped)
 
     return replace(
         inner,
@@ -156,7 +158,7 @@ def wrapped(
         section="text_config",
         inside=inside,
         flat=flat,
-        images=images,
+        vision=vision,
     )
 
 
@@ -169,13 +171,13 @@ def _elsewhere(form: Form, layout: str, model: str, rest: str) -> Form:
     return replace(form, layout=layout, source=source)
 
 
-def left_out(modules: Mapping[str, str], place: str = "", *, usual: bool = True) -> list[Drop]:
-    """Return the drops of the modules for images, by name with the reason, wherever they stand.
+def vision_drops(modules: Mapping[str, str], place: str = "", *, usual: bool = True) -> list[Drop]:
+    """Return the drops of the vision modules, by name with the reason, wherever they are.
 
     The names are also those of mlx-vlm's classes.
     """
     return [
-        Drop(place + name, reason, usual=usual, inside=("patch_embed.weight",), image=name)
+        Drop(place + name, reason, usual=usual, inside=("patch_embed.weight",), vision=name)
         for name, reason in modules.items()
     ]
 

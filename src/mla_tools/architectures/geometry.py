@@ -73,7 +73,7 @@ class Geometry:
         value = self.config.get(key, default)
         if value is None and default is not None:
             value = default
-        needed = f"a whole number between {least} and {most}"
+        needed = f"an integer between {least} and {most}"
         if value is None:
             return self._complain(key, needed, "no such key")
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -105,20 +105,20 @@ class Geometry:
         return inner
 
     def numbers(self, key: str, *, below: int) -> frozenset[int]:
-        """Return a list of whole numbers, each in 1..below, as a set (layer lists are 1-based)."""
+        """Return a list of integers, each in 1..below, as a set (layer lists are 1-based)."""
         value = self.config.get(key)
         if not isinstance(value, list) or not all(
             isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= below for item in value
         ):
-            self._complain(key, f"a list of whole numbers from 1 to {below}", repr(value)[:80])
+            self._complain(key, f"a list of integers from 1 to {below}", repr(value)[:80])
             return frozenset()
         return frozenset(value)
 
     def indices(self, key: str, *, below: int) -> frozenset[int]:
-        """Return a list of whole numbers, each in 0..below - 1, as a set; empty where there is none."""
+        """Return a list of integers, each in 0..below - 1, as a set; empty where there is none."""
         value = self.config.get(key) or []
         if not isinstance(value, list) or not all(type(item) is int and 0 <= item < below for item in value):
-            self._complain(key, f"a list of whole numbers from 0 to {below - 1}", repr(value)[:80])
+            self._complain(key, f"a list of integers from 0 to {below - 1}", repr(value)[:80])
             return frozenset()
         return frozenset(value)
 

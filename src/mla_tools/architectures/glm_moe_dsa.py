@@ -58,8 +58,8 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
             "it lets each layer choose its keys",
             needed="an indexer in each layer",
             found=f"layers {fold_indices(shared)} use the keys that an earlier layer has chosen",
-            cause="What they would choose themselves is not the same, so that no indexer can be written for"
-            " them. This needs an mlx-lm whose glm_moe_dsa reads indexer_types.",
+            cause="An indexer of their own would choose other keys."
+            " This needs an mlx-lm whose glm_moe_dsa reads indexer_types.",
         )
     ]
 

@@ -1,4 +1,4 @@
-"""Kimi K2.5, K2.6 and K2.7: the language model is Kimi K2, under language_model; images are left out."""
+"""Kimi K2.5, K2.6 and K2.7: the language model is Kimi K2, under language_model, without vision."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 from mla_tools.architectures import deepseek_v3
 from mla_tools.architectures.family import wrapped
 
-__all__ = ["FAMILY", "IMAGES"]
+__all__ = ["FAMILY", "VISION"]
 
 # The modules beside the language model, also those of Kimi K3.
-IMAGES = {
-    "vision_tower": "image encoder, not part of the language model",
-    "mm_projector": "image projector, not part of the language model",
+VISION = {
+    "vision_tower": "vision encoder, not part of the language model",
+    "mm_projector": "vision projector, not part of the language model",
 }
 
 FAMILY = wrapped(
@@ -20,6 +20,6 @@ FAMILY = wrapped(
     replace(deepseek_v3.KIMI_K2, build=deepseek_v3.decoder),
     "kimi_k25",
     inside=("kimi_k2", "deepseek_v3"),
-    dropped=IMAGES,
+    dropped=VISION,
     architectures=("KimiK25ForConditionalGeneration",),
 )

@@ -32,7 +32,7 @@ def kda(g: Geometry, where: blocks.Where) -> list[Rule]:
 def residual(name: str, hidden: int, where: blocks.Where) -> list[Rule]:
     """Return the rules of one attention residual: a norm, and a projection that is never quantized."""
     proj = blocks.linear(f"{name}_proj", (1, hidden), where)
-    return [*blocks.left_dense(proj, "res_proj", raw=True), blocks.norm(f"{name}_norm", hidden, where)]
+    return [*blocks.left_unquantized(proj, "res_proj", raw=True), blocks.norm(f"{name}_norm", hidden, where)]
 
 
 def latent_moe(g: Geometry, layers: Domain) -> list[Rule]:
@@ -83,6 +83,6 @@ FAMILY = wrapped(
     ),
     "kimi_k3",
     flat=True,
-    dropped=kimi_k25.IMAGES,
+    dropped=kimi_k25.VISION,
     architectures=("KimiK3ForConditionalGeneration",),
 )

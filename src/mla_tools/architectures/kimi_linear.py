@@ -37,7 +37,7 @@ def kda_layers(g: Geometry) -> frozenset[int]:
     if lists.config.get("full_attn_layers") is not None:
         full = lists.numbers("full_attn_layers", below=layers.stop)
         names = "kda_layers and full_attn_layers"
-        what = f"{names} in linear_attn_config do not divide the layers between them"
+        what = f"{names} in linear_attn_config do not list each layer once"
         needed = f"each of the layers 1..{layers.stop} in one of them"
         wrong = {
             "in both": kda & full,

@@ -1,4 +1,4 @@
-"""Kimi-VL: the language model is a small DeepSeek-V3, under language_model; images are left out."""
+"""Kimi-VL: the language model is a small DeepSeek-V3, under language_model, without vision."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ FAMILY = wrapped(
     deepseek_v3.FAMILY,
     "kimi_vl",
     dropped={
-        "vision_tower": "image encoder, not part of the language model",
-        "multi_modal_projector": "image projector, not part of the language model",
+        "vision_tower": "vision encoder, not part of the language model",
+        "multi_modal_projector": "vision projector, not part of the language model",
     },
     architectures=("KimiVLForConditionalGeneration",),
-    images=NOT_FOR_MLX_VLM,
+    vision=NOT_FOR_MLX_VLM,
 )

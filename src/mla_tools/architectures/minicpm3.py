@@ -60,7 +60,7 @@ def refuse(config: Mapping[str, Any]) -> list[Problem]:
     elif rope.get("short_factor") != rope.get("long_factor"):
         problems.append(
             refusal(
-                "it takes long_factor for texts of every length",
+                "it uses long_factor for texts of every length",
                 needed="equal short_factor and long_factor in rope_scaling",
                 found="different ones",
                 cause="Set both to the one that fits the length of your texts.",

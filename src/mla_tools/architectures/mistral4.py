@@ -67,9 +67,9 @@ MULTIMODAL = wrapped(
     inside=("mistral4",),
     # Under the names of the files on the hub, and under those of transformers 5 in memory.
     layouts={"transformers": ("model.language_model.", "")},
-    images=NOT_FOR_MLX_VLM,
+    vision=NOT_FOR_MLX_VLM,
     dropped={
-        "vision_tower": "image encoder, not part of the language model",
-        "multi_modal_projector": "image projector, not part of the language model",
+        "vision_tower": "vision encoder, not part of the language model",
+        "multi_modal_projector": "vision projector, not part of the language model",
     },
 )

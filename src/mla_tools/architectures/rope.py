@@ -1,4 +1,4 @@
-"""How a config spells its rope, and how mlx-lm's classes read it."""
+"""How a config writes its rope, and how mlx-lm's classes read it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Config = Mapping[str, Any]
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """Return rope_theta and rope_scaling in one, however a config spells them.
+    """Return rope_theta and rope_scaling in one, however a config writes them.
 
-    As transformers 5 reads both spellings: rope_scaling goes before rope_parameters, and a rope_theta
+    As transformers 5 reads both forms: rope_scaling goes before rope_parameters, and a rope_theta
     in either before the one beside them.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters")

@@ -128,15 +128,15 @@ def bundle(module: Module) -> Bundle:
 def _why_not(leaf: str, module: Module) -> str:
     dtype = module.leaves[leaf].dtype.name
     if dtype == "F8_E8M0":
-        return f"{dtype} is a dtype of scales, and nothing here has this one as its scale"
+        return f"{dtype} is a dtype of scales, but no weight here uses this scale"
     if dtype == "F8_E5M2":
-        return f"{dtype} codes are not read, only F8_E4M3"
+        return f"{dtype} codes are not supported, only F8_E4M3"
     if dtype.startswith("F8"):
         return f"{dtype} without a scale ({leaf}_scale_inv, {leaf}_scale or scale)"
     if dtype == "U32" and "scales" not in module.leaves:
         return "packed codes (U32) without scales"
     beside = ", ".join(sorted(module.leaves))
-    return f"no format known here stores a tensor in {dtype} with {beside} beside it"
+    return f"no known format stores a tensor in {dtype} with {beside} beside it"
 
 
 def repacking(source: Codec, target: TargetCodec) -> Repack | None:
@@ -150,7 +150,7 @@ def repacking(source: Codec, target: TargetCodec) -> Repack | None:
     if source == target and not shares:
         return lambda parts, start, stop: parts
     if native is not None and target.takes(native):
-        form = native  # for the function below, which mypy reads by itself
+        form = native  # for the function below, which mypy checks separately
         widens = target.widens(form)
 
         def repack(parts: Parts, start: int, stop: int) -> Mapping[str, mx.array]:
@@ -166,6 +166,6 @@ def config_keys(found: Quantized) -> dict[str, Any]:
     formats = {type(codec): codec for codec in found.codecs.values()}
     if len(formats) > 1:
         names = ", ".join(sorted({codec.name for codec in found.codecs.values()}))
-        raise ValueError(f"one config.json cannot name formats of several kinds: {names}")
+        raise ValueError(f"one config.json cannot describe formats of several kinds: {names}")
     codec = next(iter(formats.values()), None)
     return mlx_quantized.config_of(found) if codec is None else codec.config(found)

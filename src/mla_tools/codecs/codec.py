@@ -1,8 +1,8 @@
-"""What a codec is: the way one tensor is spelled in stored tensors.
+"""What a codec is: how stored tensors hold one tensor.
 
 It has two halves. Every format can be read: `Codec` says what its parts are, which rows of them hold which
-rows of the tensor, and what numbers they mean. A format that can be written, too, is a `TargetCodec`. No
-code outside of a format's own file asks which format it has before it.
+rows of the tensor, and what numbers they mean. A format that can be written, too, is a `TargetCodec`. Only
+a format's own file knows which format it handles.
 
 The parts of a tensor are named by what has to be done to its name to find them: "weight" is the
 tensor's own name, "_scale_inv" is appended to it, and any other word takes the place of its last
@@ -62,7 +62,7 @@ class Native:
 
 
 class Codec(Protocol):
-    """How a tensor is stored, for reading. Instances are values: equal codecs mean equal spelling.
+    """How a tensor is stored, for reading. Instances are values: equal codecs mean equal storage.
 
     Formats inherit from it for the members that most of them do not need to say anything about.
     """
@@ -87,7 +87,8 @@ class Codec(Protocol):
 
     @property
     def on_request(self) -> Native | None:
-        """The form in which MLX holds these numbers on request, although nothing promises that it can.
+        """The form in which MLX holds these numbers exactly on request, although the source does not"
+        " promise it.
 
         `native` is one; a format may have another, and then `to_native` looks at each number.
         """
@@ -280,5 +281,5 @@ def refuse(numbers: mx.array, part: str, stored: mx.array | None = None) -> None
     first = mx.argmin(mx.isfinite(numbers).reshape(-1))
     found = (numbers if stored is None else stored).reshape(-1)[first].item()
     raise MlaToolsError(
-        f"{part_name('weight', part)} holds {found}, which is no scale; the checkpoint is damaged"
+        f"{part_name('weight', part)} holds {found}, which is not a valid scale; the checkpoint is damaged"
     )

@@ -56,7 +56,7 @@ def affine(words: mx.array, scales: mx.array, zeros: mx.array | None, form: Nati
     MLX computes code * scale + bias, so the bias is -zero * scale. Without `zeros` the zero point is
     half the range, a power of two, and the bias exact in the dtype of the scales. Otherwise it needs
     the bits of both factors: it is exact in the float32 of the form for scales of 16 bits, and
-    a plan that wants it narrower is told "rounded".
+    a plan with a narrower dtype says "rounded".
     """
     import mlx.core as mx
 

@@ -41,7 +41,7 @@ class Dense(TargetCodec):
         import mlx.core as mx
 
         stored = parts["weight"]
-        # Whole numbers are narrowed by an op, which looks whether they fit.
+        # Integers are narrowed by an op, which looks whether they fit.
         return stored if dtype.kind == "int" else stored.astype(getattr(mx, dtype.mlx))
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:

@@ -14,7 +14,7 @@ __all__ = ["SAMPLES", "Fp8Block", "claim"]
 # What DeepSeek V3 and Mistral, compressed-tensors and ModelOpt, and DeepSeek's own V4 call the scales.
 _PARTS = ("_scale_inv", "_scale", "scale")
 
-# Told by their shapes where the config names none; 1x32 is the format that OCP calls MXFP8.
+# Recognised by their shapes if the config names none; 1x32 is the format that OCP calls MXFP8.
 _BLOCKS = ((128, 128), (32, 32), (1, 32))
 
 Block = tuple[int, int]
@@ -34,7 +34,7 @@ def claim(module: Module) -> list[Claim]:
             continue
         names = [part_name(leaf, part) for part in parts]
         if len(parts) > 1:
-            raise ValueError(f"{leaf} has scales twice: {' and '.join(names)}")
+            raise ValueError(f"{leaf} has two scales: {' and '.join(names)}")
         codec = _codec(leaf, spec, parts[0], names[0], module)
         # BF16 is what the values are nominally: the checkpoint's own dtype before it was quantized.
         nominal = Spec(spec.shape, DType.BF16)
@@ -54,7 +54,7 @@ def _has_scales(part: str, leaf: str, spec: Spec, module: Module) -> bool:
 def _codec(leaf: str, spec: Spec, part: str, name: str, module: Module) -> Fp8Block:
     scales = module.leaves[name]
     if scales.dtype not in _SCALES:
-        raise ValueError(f"{name} is {scales.dtype.name}, which FP8 scales are not stored in")
+        raise ValueError(f"{name} is {scales.dtype.name}, which is not a dtype of FP8 scales")
     if len(spec.shape) not in (2, 3) or 0 in spec.shape:
         raise ValueError(
             f"{leaf} is {spec}; FP8 weights must have two axes, or three where experts are fused"
@@ -83,7 +83,7 @@ def _named_block(module: Module) -> Block | None:
         return None
     if isinstance(named, list) and len(named) == 2 and all(type(side) is int and side > 0 for side in named):
         return (named[0], named[1])
-    raise ValueError(f"weight_block_size must be two whole numbers, such as [128, 128], not {clipped(named)}")
+    raise ValueError(f"weight_block_size must be two integers, such as [128, 128], not {clipped(named)}")
 
 
 def _layouts(spec: Spec, named: Block | None) -> Iterator[tuple[Block, int, int]]:

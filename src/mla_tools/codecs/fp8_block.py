@@ -232,7 +232,7 @@ class Fp8Block(TargetCodec):
             first = mx.argmax(mx.logical_not(good).reshape(-1))
             number = _floats(scales, self.scales).reshape(-1)[first].item()
             raise MlaToolsError(
-                f"mxfp8 holds powers of two from 2^-127 to 2^127 as scales, and there is a scale of {number}"
+                f"mxfp8 scales must be powers of two from 2^-127 to 2^127, but one is {number}"
             )
         return found
 

@@ -113,8 +113,8 @@ class Gptq(TargetCodec):
             )
         if self.subtracted and mx.any(stored == top).item():
             raise MlaToolsError(
-                f"a zero point is stored as {top}, which the first GPTQ format (zero - 1) leaves open: "
-                f"readers take it for {top + 1} or for 0"
+                f"a zero point is stored as {top}, which is ambiguous in the first GPTQ format (zero - 1):"
+                f" it can mean {top + 1} or 0"
             )
         return zeros
 

@@ -48,18 +48,18 @@ class MlxQuantized(TargetCodec):
     """A tensor in one of MLX's four modes.
 
     `dtype` is the float dtype that it decodes to and that it was or is encoded from; affine scales and
-    biases have it. An affine tensor without `biases` has biases of zero. `shared`: how many rows, those
-    of an expert, have a global scale in common; None where there is none.
+    biases have it. An affine tensor without `biases` has biases of zero. `expert_rows`: the rows of
+    an expert, which have one global scale; None without global scales.
     """
 
     spec: QuantSpec
     dtype: DType
     biases: bool
-    shared: int | None = None
+    expert_rows: int | None = None
 
     @property
     def name(self) -> str:
-        return str(self.spec) if self.shared is None else f"{self.spec} with global scales"
+        return str(self.spec) if self.expert_rows is None else f"{self.spec} with global scales"
 
     @property
     def quantized(self) -> bool:
@@ -67,7 +67,7 @@ class MlxQuantized(TargetCodec):
 
     @property
     def native(self) -> Native:
-        return Native(self.spec, self.dtype, self.shared is not None)
+        return Native(self.spec, self.dtype, self.expert_rows is not None)
 
     @property
     def computes_in(self) -> DType | None:
@@ -83,31 +83,33 @@ class MlxQuantized(TargetCodec):
         }
         if self.biases:
             parts["biases"] = Spec(groups, self.dtype)
-        if self.shared is not None:
-            parts[GLOBAL_SCALE] = Spec((spec.rows // self.shared,), DType.F32)
+        if self.expert_rows is not None:
+            parts[GLOBAL_SCALE] = Spec((spec.rows // self.expert_rows,), DType.F32)
         return parts
 
     def cut(self, start: int, stop: int) -> dict[str, Rows]:
         rows = (start, stop)
         found = dict.fromkeys(("weight", "scales", "biases") if self.biases else ("weight", "scales"), rows)
         # It has one axis, so it is one row, and short enough to be read whole.
-        return found if self.shared is None else {**found, GLOBAL_SCALE: (0, 1)}
+        return found if self.expert_rows is None else {**found, GLOBAL_SCALE: (0, 1)}
 
     def decode(self, parts: Parts, start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
         wanted = getattr(mx, dtype.mlx)
-        if self.shared is None:
+        if self.expert_rows is None:
             return dequantize(dict(parts), self.spec, wanted)
         factors = self._each_row(parts, start, stop) / NEUTRAL
         return (dequantize(parts, self.spec, mx.float32) * factors).astype(wanted)
 
     def to_native(self, parts: Parts, start: int, stop: int) -> dict[str, mx.array]:
         kept = with_biases(parts, self.spec)
-        return kept if self.shared is None else {**kept, GLOBAL_SCALE: self._each_row(parts, start, stop)}
+        return (
+            kept if self.expert_rows is None else {**kept, GLOBAL_SCALE: self._each_row(parts, start, stop)}
+        )
 
     def check(self, parts: Parts) -> None:
-        if self.shared is not None:
+        if self.expert_rows is not None:
             refuse(parts[GLOBAL_SCALE], GLOBAL_SCALE)
 
     def declared(self, config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | None] | None:
@@ -126,12 +128,12 @@ class MlxQuantized(TargetCodec):
         """Return the global scale of each of the rows start..stop, [rows, 1]."""
         import mlx.core as mx
 
-        assert self.shared is not None
-        return parts[GLOBAL_SCALE].reshape(-1, 1)[mx.arange(start, stop) // self.shared]
+        assert self.expert_rows is not None
+        return parts[GLOBAL_SCALE].reshape(-1, 1)[mx.arange(start, stop) // self.expert_rows]
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
-        if self.shared is not None:
-            raise TypeError("global scales are taken over and never made")
+        if self.expert_rows is not None:
+            raise TypeError("global scales are copied and never computed")
         return quantize(array, self.spec)
 
     def encode_now(self, array: mx.array) -> dict[str, mx.array]:
@@ -146,20 +148,20 @@ class MlxQuantized(TargetCodec):
 
         They come as one for each row. Where rows lie in the midst of an expert there is none to write.
         """
-        if self.shared is None:
+        if self.expert_rows is None:
             return dict(parts)
         rest = {part: array for part, array in parts.items() if part != GLOBAL_SCALE}
         each = parts[GLOBAL_SCALE].reshape(-1)
-        first = -start % self.shared
-        return {**rest, GLOBAL_SCALE: each[first :: self.shared]} if first < each.size else rest
+        first = -start % self.expert_rows
+        return {**rest, GLOBAL_SCALE: each[first :: self.expert_rows]} if first < each.size else rest
 
     def offset(self, part: str, start: int, stored: Spec) -> int:
-        if part == GLOBAL_SCALE and self.shared is not None:
-            return -(-start // self.shared) * stored.dtype.nbytes
+        if part == GLOBAL_SCALE and self.expert_rows is not None:
+            return -(-start // self.expert_rows) * stored.dtype.nbytes
         return start * stored.row_bytes
 
     def takes(self, native: Native) -> bool:
-        return native.spec == self.spec and (self.shared is not None or not native.global_scale)
+        return native.spec == self.spec and (self.expert_rows is not None or not native.global_scale)
 
     def widens(self, native: Native) -> bool:
         # Block-float scales are bytes, whatever dtype they are decoded to. What is made of affine scales may
@@ -170,7 +172,7 @@ class MlxQuantized(TargetCodec):
         import mlx.core as mx
 
         made = recast(parts, self.dtype) if self.widens(native) else dict(parts)
-        if self.shared is not None and not native.global_scale:
+        if self.expert_rows is not None and not native.global_scale:
             # MLX divides it by itself, and 1 changes nothing.
             made[GLOBAL_SCALE] = mx.full((rows, 1), NEUTRAL, mx.float32)
         return made
@@ -197,8 +199,8 @@ def stored_as(
     if not spec.has_biases:
         # These modes hold no float dtype, so none can be changed. A global scale is held where there is one
         # and it can be; experts without one get one that changes nothing.
-        for shared in (None, rows):
-            codec = MlxQuantized(spec, DType.BF16, False, shared)
+        for expert_rows in (None, rows):
+            codec = MlxQuantized(spec, DType.BF16, False, expert_rows)
             if all(source.on_request and codec.takes(source.on_request) for source in sources):
                 return codec, DType.BF16
     return MlxQuantized(spec, dtype, spec.has_biases), dtype
@@ -221,7 +223,7 @@ def config_of(found: Quantized) -> dict[str, Any]:
     section |= copied
     for path in sorted(specs, key=natural):
         codec, spec = found.codecs[path], specs[path]
-        shares = GLOBAL_SCALE if isinstance(codec, MlxQuantized) and codec.shared is not None else None
+        shares = GLOBAL_SCALE if isinstance(codec, MlxQuantized) and codec.expert_rows is not None else None
         if spec != default or path in found.named or shares:
             section[path] = {**spec.config, **({GLOBAL_SCALE: True} if shares else {})}
     # The second name is what the hub shows a model's quantization by.
@@ -299,7 +301,7 @@ def claim(module: Module) -> list[Claim]:
     )
     # The block-float modes do not say what they were made from; bfloat16 is what MLX decodes them to.
     dtype = DType.BF16 if is_block_float else scales.dtype
-    shared = None
+    expert_rows = None
     if GLOBAL_SCALE in module.leaves:
         found, needed = module.leaves[GLOBAL_SCALE], Spec(weight.shape[:1], DType.F32)
         if spec.mode != "nvfp4" or len(weight.shape) != 3 or found != needed:
@@ -307,7 +309,7 @@ def claim(module: Module) -> list[Claim]:
                 f"{GLOBAL_SCALE} is {found}; beside {spec} codes {weight} it must be one F32 number for each"
                 " expert of nvfp4 [experts, rows, words]"
             )
-        shared = weight.shape[1]
-    codec = MlxQuantized(spec, dtype, biases is not None, shared)
+        expert_rows = weight.shape[1]
+    codec = MlxQuantized(spec, dtype, biases is not None, expert_rows)
     parts = {part: part for part in codec.cut(0, 0)}
     return [Claim("weight", Spec((*weight.shape[:-1], module.width), dtype), codec, parts)]

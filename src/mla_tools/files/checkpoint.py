@@ -103,7 +103,7 @@ def no_collector() -> Iterator[None]:
 def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
     """Return what a folder or a repository holds, with everything that is wrong; only headers are read.
 
-    Raises CheckpointError when there is nothing to go on: no folder, no usable config.json, no safetensors.
+    Raises CheckpointError when there is nothing to read: no folder, no usable config.json, no safetensors.
     """
     if isinstance(place, (str, os.PathLike)):
         place = Folder(Path(place))
@@ -123,7 +123,7 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
     chosen = [] if places is not None else without_index(weights, notes)
     if weights and places is None and not chosen:
         found = some(weights)
-        cause = "An adapter is no model: give the folder of the model, or of the merged model."
+        cause = "An adapter is not a model: give the folder of the model, or of the merged model."
         fatal.append(Problem(str(place), "holds adapters but no model", "model*.safetensors", found, cause))
     if fatal:
         raise CheckpointError(fatal + problems)
@@ -135,7 +135,7 @@ def open_checkpoint(place: Place | str | os.PathLike[str]) -> Checkpoint:
     else:
         placed = place_tensors(place, names, places, problems, lost)
         if left_out := [name for name in weights if name not in placed]:
-            notes.append(f"{some(left_out)}: not named by the index, left out")
+            notes.append(f"{some(left_out)}: not named by the index, ignored")
         present = [name for name in placed if name in names]
         headers = _read_headers(place, present, placed, problems, lost)
         tensors = _gather(headers, places, problems)
@@ -238,11 +238,11 @@ def _compare(
         for name in placed[file]:
             if name in header.entries:
                 continue
-            what = f"the index places it in {shown(file)}, and it is not there"
+            what = f"the index places it in {shown(file)}, but it is not there"
             where = (
                 f"in {shown(tensors[name].file.name)}" if name in tensors else "in no file that could be read"
             )
-            cause = "The index and the files are not of one download: download them again."
+            cause = "The index and the files do not belong together: download them again."
             problem = Problem(shown(name), what, found=where, cause=cause)
             if name not in tensors:
                 problem = losing(problem, what, [name])
@@ -251,7 +251,8 @@ def _compare(
         extra = [name for name in header.entries if name not in places]
         if extra:
             notes.append(
-                f"{shown(file)} holds tensors that the index does not name, taken: {tensors_text(extra)}"
+                f"{shown(file)} holds tensors that the index does not name; they are used:"
+                f" {tensors_text(extra)}"
             )
 
 
@@ -285,9 +286,9 @@ def check_content(
     unknown = [shard.name for shard in checkpoint.shards if not shard.tag]
     if unknown:
         raise MlaToolsError(
-            f"--check-source: the hash that the hub gives is not known for {some(unknown)}. It is known for"
-            " a repository that is read in place, in the hub's cache, and in a folder of `hf download"
-            " --local-dir`, whose .cache has it. Without --check-source the conversion works as well."
+            f"--check-source: the hub's hash is not known for {some(unknown)}. It is known for a repository"
+            f" that is read in place, for the hub's cache, and for a folder of `hf download --local-dir`,"
+            f" whose .cache has it. The conversion also works without --check-source."
         )
 
     def check(shard: Shard) -> Problem | None:
@@ -330,7 +331,7 @@ def _no_weights(place: Place, names: Iterable[str], places: dict[str, str] | Non
         cause = "Pickle files are refused, because loading one can run code: convert to safetensors first."
     elif ggufs:
         found = some(ggufs)
-        cause = "A folder of GGUF files is no safetensors checkpoint: download the safetensors version."
+        cause = "A folder of GGUF files is not a safetensors checkpoint: download the safetensors version."
     elif places:
         found = f"an index that names {len(set(places.values())):,} files, none of which is there"
     return Problem(str(place), "holds no safetensors files", "model*.safetensors", found, cause)

@@ -25,7 +25,7 @@ _NOT_COPIED = (
     (f"*{SUFFIX}.index.json", "written anew"),
     ("*.index.json", "the index of weights in another format"),
     # What this package wrote about an output is not true of another one that is made of it.
-    ("mla_tools.*", "tells of another output of mla-sanitize"),
+    ("mla_tools.*", "describes another output of mla-sanitize"),
     # Sections on quantization beside config.json: mlx-lm reads the first for the output's own.
     ("hf_quant_config.json", _QUANTIZATION),
     ("quantize_config.json", _QUANTIZATION),
@@ -87,13 +87,13 @@ def choose_companions(
         length = len(os.fsencode(partial_name(name)))
         why = ""
         if kind == "gone":
-            why = "is a link to a file that is gone"
+            why = "is a link to a missing file"
         elif kind == "other":
-            why = "is no regular file"
+            why = "is not a regular file"
         elif length > _LONGEST_NAME:
             why = f"has a name of more than {_LONGEST_NAME - len(partial_name(''))} bytes"
         elif (other := taken.setdefault(name.casefold(), name)) != name:
-            why = f"differs from {shown(other)} in upper and lower case alone"
+            why = f"differs from {shown(other)} only in upper and lower case"
         else:
             try:
                 opened = place.file(name).open()
@@ -108,7 +108,9 @@ def choose_companions(
             finally:
                 opened.close()
             if kind == "link" and not why:
-                notes.append(f"{shown(name)} is a link out of the folder, and what it leads to is copied")
+                notes.append(
+                    f"{shown(name)} is a link out of the folder; the file that it points to is copied"
+                )
         if why:
             skipped.append(Skipped(name, why))
             notes.append(f"{shown(name)} {why}, not copied")
@@ -124,11 +126,11 @@ def _why_not_wanted(name: str) -> str:
         if fnmatchcase(name, pattern):
             return reason
     copied = any(fnmatchcase(name, pattern) for pattern in _COPIED)
-    return "" if copied else "not of a kind that is copied"
+    return "" if copied else "not a kind of file that is copied"
 
 
 def _why_not_read(name: str) -> str:
     """Return why a place does not give something that lies there."""
     if name.startswith("."):
         return "hidden"
-    return "a folder" if name.endswith("/") else "a name that no file can have everywhere"
+    return "a folder" if name.endswith("/") else "a name that some file systems do not allow"

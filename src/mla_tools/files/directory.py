@@ -127,7 +127,7 @@ class Directory:
             if error.errno in (errno.ELOOP, errno.EMLINK):
                 raise self._strange(name, "is a link") from error
             if error.errno in (errno.EISDIR, errno.ENXIO):
-                raise self._strange(name, "is no regular file") from error
+                raise self._strange(name, "is not a regular file") from error
             raise
         try:
             self._refuse_strange(name, os.fstat(fd))
@@ -150,7 +150,7 @@ class Directory:
         try:
             size = os.fstat(fd).st_size
             if size > limit:
-                raise self._strange(name, f"is too large for what it is ({size:,} bytes, at most {limit:,})")
+                raise self._strange(name, f"is too large ({size:,} bytes, at most {limit:,})")
             data = b""
             while piece := os.pread(fd, size - len(data), len(data)):
                 data += piece
@@ -198,9 +198,9 @@ class Directory:
         if stat.S_ISLNK(status.st_mode):
             raise self._strange(name, "is a link")
         if not stat.S_ISREG(status.st_mode):
-            raise self._strange(name, "is no regular file")
+            raise self._strange(name, "is not a regular file")
         if status.st_nlink > 1:
-            raise self._strange(name, "is also a file elsewhere (a hard link)")
+            raise self._strange(name, "has another name too (a hard link)")
 
     def _strange(self, name: str, what: str) -> MlaToolsError:
         return MlaToolsError(

@@ -21,7 +21,7 @@ from mla_tools.files.network import Arrival, Client, Clock, Sleep, passing, plai
 from mla_tools.files.place import Bytes, File, Folder, Kind, OpenFile, Part, Place, check_range, shown
 from mla_tools.files.ranges import Ranges, refusal
 from mla_tools.files.safetensors import parse_object
-from mla_tools.files.settings import checked_endpoint, constants, hub_headers, session, told
+from mla_tools.files.settings import checked_endpoint, constants, hub_headers, one_line, session
 
 __all__ = ["Repository", "locate", "open_repository"]
 
@@ -62,7 +62,7 @@ def locate(source: str, revision: str | None = None, *, download: bool = False) 
     if source.startswith(_SCHEME):
         match = _URL.fullmatch(source)
         if not match:
-            raise MlaToolsError(f"{shown(source)}: a repository is written hf://org/name@revision")
+            raise MlaToolsError(f"{shown(source)}: write a repository as hf://org/name@revision")
         name, own = match.groups()
         if own and revision and own != revision:
             raise UsageError(f"{shown(source)} names another revision than --revision {shown(revision)}.")
@@ -74,7 +74,7 @@ def locate(source: str, revision: str | None = None, *, download: bool = False) 
             if path.exists():
                 return _folder(path, revision, download)
         except (OSError, RuntimeError, ValueError) as error:
-            raise MlaToolsError(f"{shown(source)}: no such folder ({told(error)})") from error
+            raise MlaToolsError(f"{shown(source)}: no such folder ({one_line(error)})") from error
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
             raise MlaToolsError(
                 f"{shown(source)}: no such folder, and not a repository name such as org/model"
@@ -89,7 +89,7 @@ def locate(source: str, revision: str | None = None, *, download: bool = False) 
             return Folder(_downloaded(name, revision))
         return open_repository(name, revision)
     except HFValidationError as error:
-        raise MlaToolsError(f"{no_folder}not a repository name: {told(error)}") from error
+        raise MlaToolsError(f"{no_folder}not a repository name: {one_line(error)}") from error
     except CheckpointError:
         raise
     except MlaToolsError as error:
@@ -118,7 +118,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
         checked_endpoint(constants().ENDPOINT)  # it may be one of the settings, which these name
         hub_headers()
         session()
-        raise MlaToolsError(f"the repository cannot be downloaded: {told(error)}") from error
+        raise MlaToolsError(f"the repository cannot be downloaded: {one_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def open_repository(
     except ValueError as error:
         raise CheckpointError([_no_listing(name, f"it {error}")]) from error
     if twice:
-        raise CheckpointError([_no_listing(name, f"the key {shown(twice[0])} twice")])
+        raise CheckpointError([_no_listing(name, f"a duplicate key: {shown(twice[0])}")])
     commit, siblings = info.get("sha"), info.get("siblings")
     if type(commit) is not str or not _COMMIT.fullmatch(commit):
         found = shown(commit) if type(commit) is str else clipped(commit)
@@ -194,7 +194,7 @@ def _listed(repository: str, siblings: list[dict[str, Any]]) -> dict[str, _Liste
         if type(name) is not str or not _PLAIN.fullmatch(name) or len(name.encode()) > _MAX_NAME:
             continue
         if name in listed:
-            problems.append(Problem(shown(name), f"is listed in {repository} twice"))
+            problems.append(Problem(shown(name), f"is a duplicate in {repository}"))
         elif len(listed) == _MAX_FILES:
             problems.append(Problem(repository, f"has more than {_MAX_FILES:,} files"))
         elif type(size) is not int or not 0 <= size < 1 << 62:

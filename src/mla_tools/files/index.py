@@ -56,13 +56,13 @@ class Index:
 def read_json(
     place: Place, names: Iterable[str], name: str, limit: int, problems: list[Problem]
 ) -> dict[str, object]:
-    """Return the object in a JSON file; a key that is there twice is a problem, no object an error."""
+    """Return the object in a JSON file; a duplicate key is a problem, no object an error."""
     if name not in names:
         cause = "Give the folder that holds config.json and the weights."
         if "snapshots" in names and place.kind("snapshots") == "folder":
             cause = "This is a hub cache: give one of the folders in its folder snapshots."
         elif any(fnmatchcase(name, "mla_tools.journal-*") for name in names):
-            cause = "This is an output of mla-sanitize that is not finished: convert --resume finishes it."
+            cause = "This is an unfinished output of mla-sanitize: convert --resume finishes it."
         raise CheckpointError([Problem(str(place), f"there is no {name} in it", cause=cause)])
     data = read_whole(place.file(name), limit)
     try:
@@ -133,7 +133,7 @@ def size_note(index: Index, specs: Sequence[Spec]) -> list[str]:
     given = f"{size:,}" if abs(size) < 10**18 else "absurd"
     return [
         f"total_size in {shown(index.name)} is {given}{counts.get(size, '')};"
-        f" the tensors are {nbytes:,} bytes, which counts"
+        f" the tensors have {nbytes:,} bytes, and this number is used"
     ]
 
 
@@ -151,10 +151,10 @@ def place_tensors(
     for file in sorted(placed):
         tensors = placed[file]
         if fault := _file_fault(file):
-            what = f"the index names this file, and that {fault}"
+            what = f"the index names this file, but it {fault}"
             needed = "the plain name of a .safetensors file in the folder"
             problem = Problem(shown(file), what, needed, cause="Correct the index or download it again.")
-            reason = f"the index names the file {shown(file)} for it, and that {fault}"
+            reason = f"the index names the file {shown(file)} for it, but that {fault}"
             del placed[file]
         elif file not in there:
             reason = f"{shown(file)} is listed in the index but is not in the folder"
@@ -178,7 +178,7 @@ def losing(problem: Problem, reason: str, names: Iterable[str]) -> Problem:
 def _file_fault(file: str) -> str:
     """Return why a value of the index cannot be a shard of this folder, or nothing."""
     if not file or "\0" in file:
-        return "is no file name"
+        return "is not a file name"
     if "/" in file or "\\" in file or file in (".", ".."):
         return "is not in the folder"
     if file.startswith("."):

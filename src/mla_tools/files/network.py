@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem
 from mla_tools.files.place import shown
-from mla_tools.files.settings import constants, session, told, without_user
+from mla_tools.files.settings import constants, one_line, session, without_user
 
 __all__ = [
     "Arrival",
@@ -70,7 +70,7 @@ def persist(action: Callable[[], T], subject: str, sleep: Sleep, tries: int = _T
         except PassingError as failure:
             wait = _FIRST_WAIT * 2**number if failure.wait is None else failure.wait
             if wait > _MAX_WAIT:
-                reason = f"{failure}, and wants to be left alone for {wait:,.0f} seconds"
+                reason = f"{failure}, and asks for a pause of {wait:,.0f} seconds"
                 raise MlaToolsError(f"{subject} cannot be read: {reason}.") from failure
             sleep(wait)
     try:
@@ -245,7 +245,7 @@ class Client:
         try:
             request = client.build_request("GET", address, headers={**own, **headers}, timeout=timeout)
         except Exception as error:  # the HTTP library has more errors for an address than it names
-            what = f"{shown(without_user(address))}, which is no address ({told(error)})"
+            what = f"{shown(without_user(address))}, which is not an address ({one_line(error)})"
             by = "HF_ENDPOINT leads to" if address == url else "the hub redirects to"
             raise MlaToolsError(f"{subject}: {by} {what}.") from error
         try:
@@ -253,13 +253,15 @@ class Client:
         except HTTPError as error:
             # Before its second version the library reads a Location even if it is not to follow it.
             if type(error.__context__).__name__ == "InvalidURL":
-                what = f"the hub redirects to what is no address ({told(error.__context__)})"
+                what = (
+                    f"the hub redirects to something that is not an address ({one_line(error.__context__)})"
+                )
                 raise MlaToolsError(f"{subject}: {what}.") from error
             if type(error).__name__.startswith("Connect"):
-                raise PassingError(f"{server_of(address)} cannot be reached ({told(error)})") from error
-            raise PassingError(f"the connection fails ({told(error)})") from error
+                raise PassingError(f"{server_of(address)} cannot be reached ({one_line(error)})") from error
+            raise PassingError(f"the connection fails ({one_line(error)})") from error
         except (OSError, ValueError) as error:  # a name that no server can have
-            what = f"{server_of(address)} cannot be reached ({told(error)})"
+            what = f"{server_of(address)} cannot be reached ({one_line(error)})"
             raise MlaToolsError(f"{subject}: {what}.") from error
         try:
             try:
@@ -267,7 +269,7 @@ class Client:
             finally:
                 response.close()
         except HTTPError as error:
-            raise PassingError(f"the connection fails ({told(error)})") from error
+            raise PassingError(f"the connection fails ({one_line(error)})") from error
 
 
 def origin(url: str) -> tuple[str, str]:
@@ -284,7 +286,7 @@ def server_of(address: str) -> str:
 def plain(subject: str, response: Any) -> None:
     """Raise CheckpointError for an answer whose bytes are not those that were asked for."""
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise CheckpointError([Problem(subject, "the server sends it compressed, which was not asked for")])
+        raise CheckpointError([Problem(subject, "the server sends compressed data, which was not requested")])
 
 
 def _next(subject: str, address: str, location: str) -> str:

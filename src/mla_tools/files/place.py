@@ -217,7 +217,7 @@ class _OpenLocalFile:
 
 def _changed(file: LocalFile, needed: str, found: str) -> ChangedError:
     what = "was changed or replaced after the conversion was planned"
-    cause = "Nothing was completed. Leave the source as it is, and start again with --overwrite."
+    cause = "The output is not complete. Do not change the source, and start again with --overwrite."
     return ChangedError([Problem(shown(file.name), what, needed, found, cause)])
 
 
@@ -337,7 +337,7 @@ def read_whole(file: File, limit: int) -> bytes:
     try:
         if opened.size > limit:
             needed, found = f"at most {limit:,} bytes", f"{opened.size:,} bytes"
-            raise CheckpointError([Problem(shown(file.name), "is too large for what it is", needed, found)])
+            raise CheckpointError([Problem(shown(file.name), "is too large", needed, found)])
         return opened.read(0, opened.size).tobytes()
     finally:
         opened.close()
@@ -367,7 +367,7 @@ def shown(name: str) -> str:
 def _unreadable(name: str, error: Exception) -> Problem:
     file = shown(name)
     if isinstance(error, FileNotFoundError):
-        return Problem(file, "is not there", cause="Check the path; a link may lead to a file that is gone.")
+        return Problem(file, "is not there", cause="Check the path; a link may point to a missing file.")
     text = error.strerror if isinstance(error, OSError) else str(error)
     cause = "Check the permissions and the disk that holds it."
     return Problem(file, "cannot be read", found=text or type(error).__name__, cause=cause)

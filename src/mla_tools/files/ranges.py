@@ -137,7 +137,7 @@ def _promised(file: str, response: Any, start: int, stop: int, size: int) -> int
         found = response.headers.get("Content-Range", "")
         needed = f"bytes {start:,} to {stop:,} of {size:,}"
         cause = "The hub lists another size than its file has; this may be a broken upload."
-        raise CheckpointError([Problem(shown(file), "ends before it should", needed, shown(found), cause)])
+        raise CheckpointError([Problem(shown(file), "ends too early", needed, shown(found), cause)])
     if response.status_code == 200:
         if (start, stop) != (0, size):
             host = response.url.host
@@ -153,5 +153,5 @@ def _promised(file: str, response: Any, start: int, stop: int, size: int) -> int
         raise CheckpointError([Problem(shown(file), "the server sends another range", needed, shown(found))])
     if match[3] not in ("*", str(size)):
         needed, found = f"{size:,} bytes, as the hub lists it", f"{int(match[3]):,} bytes"
-        raise CheckpointError([Problem(shown(file), "has another size than it should", needed, found)])
+        raise CheckpointError([Problem(shown(file), "has the wrong size", needed, found)])
     return int(match[2]) + 1 - start

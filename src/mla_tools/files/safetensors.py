@@ -97,7 +97,7 @@ def read_header(file: File | str | os.PathLike[str]) -> Header:
     except ValueError as error:
         problem = Problem(name, f"is not a safetensors file: its header {error}", cause=AGAIN)
         raise CheckpointError([problem]) from error
-    problems = [Problem(name, f"the header has the key {shown(key)} twice", cause=AGAIN) for key in twice]
+    problems = [Problem(name, f"the header has a duplicate key: {shown(key)}", cause=AGAIN) for key in twice]
     # mx.save_safetensors writes null where it is given no metadata.
     metadata = table.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
@@ -107,7 +107,7 @@ def read_header(file: File | str | os.PathLike[str]) -> Header:
         problems.append(Problem(name, f"{METADATA} is not an object of strings", found=found, cause=AGAIN))
     if problems:
         if len(problems) > _MAX_PROBLEMS:
-            more = f"has {len(problems) - _MAX_PROBLEMS:,} more problems than are listed here"
+            more = f"has {len(problems) - _MAX_PROBLEMS:,} more problems"
             problems[_MAX_PROBLEMS:] = [Problem(name, more)]
         raise CheckpointError(problems)
     return Header(pinned, entries, metadata, size, digest)
@@ -175,7 +175,7 @@ def _check_entries(
             report(name, f"the name of a tensor {fault}")
         if type(entry) is not dict or entry.keys() != _KEYS:
             found = sorted(entry) if type(entry) is dict else entry
-            report(name, "its header entry is not that of a tensor", "dtype, shape, data_offsets", found)
+            report(name, "its header entry does not describe a tensor", "dtype, shape, data_offsets", found)
             whole = False
             continue
         offsets, dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
@@ -183,10 +183,10 @@ def _check_entries(
         if type(begin) is int and type(end) is int and 0 <= begin <= end < _MAX_NUMBER:
             ranges.append((begin, end, name))
         else:
-            report(name, "data_offsets is not a range", "two whole numbers in order, from 0 up", offsets)
+            report(name, "data_offsets is not a range", "two integers in order, 0 or more", offsets)
             whole, begin, end = False, -1, -1
         if type(shape) is not list or not _INT.issuperset(map(type, shape)):
-            report(name, "the shape is not one of a tensor", "a list of whole numbers", shape)
+            report(name, "the shape is not valid", "a list of integers", shape)
             continue
         if type(dtype) is not str or dtype not in _DTYPES:
             report(name, "the dtype is unknown", ", ".join(_DTYPES), dtype)
@@ -196,7 +196,7 @@ def _check_entries(
         if known is None:
             if len(shape) > _MAX_AXES or not all(0 <= axis < _MAX_NUMBER for axis in shape):
                 limits = f"at most {_MAX_AXES} axes, each from 0 to 2^63 - 1"
-                report(name, "the shape is not one of a tensor", limits, shape)
+                report(name, "the shape is not valid", limits, shape)
                 continue
             spec = Spec(key[1], _DTYPES[dtype])
             known = specs[key] = spec, spec.nbytes
@@ -265,7 +265,7 @@ class NotJsonError(ValueError):
 
 
 def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
-    """Return the JSON object in `data`, and every key that some object in it has more than once.
+    """Return the JSON object in `data`, and every duplicate key of its objects.
 
     Raises ValueError with the end of a sentence ("is not JSON: …") when there is no object, and its
     NotJsonError for NaN, for infinity, and for a number that is too large to be read as anything else.
@@ -301,7 +301,7 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
 
 
 def _has_no_duplicates(value: object, text: str) -> bool:
-    """Return whether it is certain, without looking at pairs, that no key of some JSON is there twice.
+    """Return whether it is certain, without looking at pairs, that some JSON has no duplicate key.
 
     In compact JSON each key is a quote and a colon. With spaces between them there are fewer of these, with
     escaped quotes there may be more, and objects in objects in objects are not counted.

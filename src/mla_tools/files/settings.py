@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.place import shown
 
-__all__ = ["checked_endpoint", "constants", "hub_headers", "session", "told", "without_user"]
+__all__ = ["checked_endpoint", "constants", "hub_headers", "one_line", "session", "without_user"]
 
 _HUB = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "HF_HOME")
 _TOKEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -24,7 +24,7 @@ _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
 
 _MAX_ADDRESS = 8192
 _MAX_TIMEOUT = 3600
-_MAX_TOLD = 500
+_MAX_CHARACTERS = 500
 
 _USER = re.compile("//[^/]*@")
 
@@ -38,11 +38,11 @@ def constants() -> Any:
     except Exception as error:
         if endpoint := os.environ.get("HF_ENDPOINT"):
             checked_endpoint(endpoint)
-        raise MlaToolsError(f"huggingface_hub cannot be used: {told(error)}.{_check(_HUB)}") from error
+        raise MlaToolsError(f"huggingface_hub cannot be used: {one_line(error)}.{_check(_HUB)}") from error
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     if not 0 < timeout <= _MAX_TIMEOUT:
         raise MlaToolsError(
-            f"HF_HUB_DOWNLOAD_TIMEOUT is {told(timeout)}; needed are 1 to {_MAX_TIMEOUT:,} seconds."
+            f"HF_HUB_DOWNLOAD_TIMEOUT is {one_line(timeout)}; it must be 1 to {_MAX_TIMEOUT:,} seconds."
         )
     return constants
 
@@ -55,10 +55,10 @@ def checked_endpoint(endpoint: str) -> str:
         good = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
         reason = ""
     except ValueError as error:
-        good, reason = False, f" ({told(error)})"
+        good, reason = False, f" ({one_line(error)})"
     if not good or not endpoint.isprintable() or len(endpoint) > _MAX_ADDRESS:
         found = shown(without_user(endpoint)) if endpoint else "empty"
-        needed = "needed is an address such as https://huggingface.co"
+        needed = "it must be an address such as https://huggingface.co"
         raise MlaToolsError(f"HF_ENDPOINT is {found}: {needed}{reason}.")
     return endpoint.rstrip("/")
 
@@ -74,12 +74,12 @@ def hub_headers() -> dict[str, str]:
 
         token = get_token()
     except Exception as error:  # files, keyrings and servers of any kind may take part in it
-        reason = f"the token for the hub cannot be read: {told(error)}"
+        reason = f"the token for the hub cannot be read: {one_line(error)}"
         raise MlaToolsError(f"{reason}.{_check(_TOKEN_FILES)}") from error
     if token:
         if not token.isascii() or not token.isprintable() or len(token) > _MAX_ADDRESS:
             advice = _check(_TOKEN) or ' Log in again with "hf auth login".'
-            raise MlaToolsError(f"the token for the hub has characters that no token has.{advice}")
+            raise MlaToolsError(f"the token for the hub contains invalid characters.{advice}")
         headers["Authorization"] = f"Bearer {token}"
     return headers
 
@@ -93,7 +93,7 @@ def session() -> Any:
     except Exception as error:  # of the HTTP library, of ssl, or of a package that a proxy needs
         files = isinstance(error, OSError)
         advice = _check(_CERTIFICATES if files else (*_PROXIES, *map(str.lower, _PROXIES)))
-        raise MlaToolsError(f"the network cannot be used: {told(error)}.{advice}") from error
+        raise MlaToolsError(f"the network cannot be used: {one_line(error)}.{advice}") from error
 
 
 def without_user(address: str) -> str:
@@ -101,13 +101,13 @@ def without_user(address: str) -> str:
     return _USER.sub("//", address, count=1)
 
 
-def told(what: object) -> str:
+def one_line(what: object) -> str:
     """Return a text of others as it can stand in a sentence: one line, printable, and not too long."""
     text = " ".join(str(what).split()).rstrip(".")
     if not text and isinstance(what, Exception):
         return type(what).__name__
-    if len(text) > _MAX_TOLD:
-        text = f"{text[:_MAX_TOLD]}... ({len(text):,} characters)"
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[:_MAX_CHARACTERS]}... ({len(text):,} characters)"
     return text if text.isprintable() else ascii(text)
 
 

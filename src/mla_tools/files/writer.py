@@ -99,8 +99,8 @@ class Writer:
             for start, end, checksum in ranges:
                 if self._checksum(self._layout.offsets[name] + start, end - start) != checksum:
                     raise DamagedError(
-                        f"{self.partial} is damaged: bytes {start:,} to {end:,} of {shown(name)} are not as"
-                        f" they were written; {advice}"
+                        f"{self.partial} is damaged: bytes {start:,} to {end:,} of {shown(name)} have"
+                        f" changed since they were written; {advice}"
                     )
                 self._note(name, (start, end, checksum))
 
@@ -311,7 +311,7 @@ class _Digest:
         self._sha256, self._reached = hashlib.sha256(), 0
 
     def update(self, fd: int, end: int) -> None:
-        """Go on to byte `end`, or to the end of the file; nothing if that was reached before."""
+        """Continue to byte `end`, or to the end of the file; nothing if that was reached before."""
         buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(0, end - self._reached))))
         while count := os.preadv(fd, [buffer[: end - self._reached]], self._reached):
             self._sha256.update(buffer[:count])

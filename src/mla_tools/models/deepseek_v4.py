@@ -110,7 +110,7 @@ class ModelArgs(BaseModelArgs):
     rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        # The hub's list goes on for the draft layers.
+        # The hub's list continues for the MTP layers.
         self.compress_ratios = list(self.compress_ratios[: self.num_hidden_layers])
         if len(self.compress_ratios) != self.num_hidden_layers:
             raise ValueError(

@@ -150,7 +150,7 @@ def _check(folder: Directory, found: _Found, *, resume: bool, overwrite: bool) -
                 " --overwrite."
             )
     elif not (allowed and not found.names):  # a run that was ended at once leaves an empty folder
-        raise MlaToolsError(f"{refused} It is no output of this tool: choose another path to save to.")
+        raise MlaToolsError(f"{refused} It is not an output of this tool: choose another path to save to.")
 
 
 def is_unfinished(path: Path) -> bool:
@@ -168,7 +168,7 @@ def how_to_resume(path: Path, *, overwrite: bool = False) -> str:
 
 def how_to_start_again(path: Path) -> str:
     """Return a sentence for somebody whose output is unfinished, and would remain so."""
-    return f"{path} is unfinished, and --resume would end in the same way: start again with --overwrite"
+    return f"{path} is unfinished, and --resume would fail again: start again with --overwrite"
 
 
 def is_complete(folder: Directory, provenance: Mapping[str, Any]) -> bool:
@@ -339,8 +339,8 @@ def _refuse_long_names(plan: Plan, path: Path) -> None:
     long = [name for name in sorted(_made(plan)) if len(os.fsencode(partial_name(name))) > most]
     if long:
         raise MlaToolsError(
-            f"the disk of {path} takes names of up to {most} bytes, and while it is written a file has"
-            f" {len(partial_name(''))} more than its name; too long: {', '.join(map(shown, long[:4]))}"
+            f"the disk of {path} allows names of up to {most} bytes, and a file has"
+            f" {len(partial_name(''))} more while it is written; too long: {', '.join(map(shown, long[:4]))}"
         )
 
 
@@ -352,7 +352,9 @@ def _refuse_finished(folder: Directory, found: _Found, provenance: Mapping[str, 
     if changed := _differences(record, provenance):
         raise other_plan(folder, "is the output of another plan, so there is nothing to resume", changed)
     gone = _damaged(folder, record)
-    raise MlaToolsError(f"{folder.path} is not as it was left, start again with --overwrite: {_first(gone)}")
+    raise MlaToolsError(
+        f"{folder.path} has changed since it was written; start again with --overwrite: {_first(gone)}"
+    )
 
 
 def _refuse_strange(folder: Directory, found: _Found, ours: set[str]) -> None:
@@ -365,8 +367,9 @@ def _refuse_strange(folder: Directory, found: _Found, ours: set[str]) -> None:
     ]
     if strange:
         raise MlaToolsError(
-            f"{folder.path} holds what this tool did not make, so it is left alone: {_first(strange)}."
-            " Move that away, or choose another path to save to."
+            f"{folder.path} holds files that this tool did not make, so nothing was changed:"
+            f" {_first(strange)}."
+            " Move them away, or choose another path to save to."
         )
 
 
@@ -398,9 +401,8 @@ def _clear(folder: Directory, found: _Found, ours: set[str]) -> None:
             folder.remove(name, identity)
         if left := sorted(set(folder.names()) - {CLEARING}):
             raise MlaToolsError(
-                f"{folder.path} was changed while it was being replaced, and this is left in it:"
-                f" {_first(left)}. Take away what is yours, and run the same command"
-                " again."
+                f"{folder.path} was changed while it was being replaced, and still holds:"
+                f" {_first(left)}. Move your files away, and run the same command again."
             )
         folder.sync()  # or what is left after a power cut would be nobody's
         folder.remove(CLEARING)
@@ -458,7 +460,7 @@ def _check_room(
     free = shutil.disk_usage(there).free + taken
     if free < needed:
         raise MlaToolsError(
-            f"the disk of {path} has {free:,} bytes free, and {needed:,} are needed;"
+            f"the disk of {path} has {free:,} bytes free, but {needed:,} are needed;"
             " free some space or choose another disk"
         )
 
@@ -486,7 +488,9 @@ def check_kept(folder: Directory, file: OutputFile) -> str:
         finally:
             os.close(fd)
     if not sound:
-        raise DamagedError(f"{folder.path / partial} is not as it was left; start again with --overwrite")
+        raise DamagedError(
+            f"{folder.path / partial} has changed since it was written; start again with --overwrite"
+        )
     if name == partial:
         folder.check_free(file.name)
     return name

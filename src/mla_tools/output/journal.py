@@ -1,6 +1,6 @@
 """What of an unfinished output is on disk for good: a line each time more of it is, each with a checksum.
 
-A line that is damaged or was cut off says nothing, and what it told of is written again. What a sound line
+A line that is damaged or was cut off says nothing, and what it recorded is written again. What a sound line
 calls done is compared with the checksums that it gives before anything is built on it.
 """
 
@@ -98,7 +98,7 @@ def _begun(name: str, first: bytes) -> dict[str, Any] | None:
 class Journal:
     """What is on disk for good, a line each time more of it is; each rank has its own.
 
-    Raises MlaToolsError if it is that of another plan, or of a run that still goes on.
+    Raises MlaToolsError if it is that of another plan, or of a run that is still active.
     """
 
     def __init__(self, folder: Directory, rank: int, begun: Mapping[str, Any]) -> None:
@@ -166,7 +166,8 @@ def other_plan(folder: Directory, what: str, changed: Sequence[str]) -> MlaTools
     more = [f"and {len(changed) - _LISTED} more"] if len(changed) > _LISTED else []
     lines = "\n  ".join([*changed[:_LISTED], *more])
     return MlaToolsError(
-        f"{folder.path} {what}:\n  {lines}\n  Start again with --overwrite, or give what it was begun with."
+        f"{folder.path} {what}:\n  {lines}\n  Start again with --overwrite, or use the original source and"
+        f" options."
     )
 
 

@@ -114,7 +114,7 @@ class Record:
         except (ValueError, RecursionError):  # numbers and depths that no record has
             sound = False
         if not sound:
-            raise ValueError("is damaged: it is not what its own sha256 says")
+            raise ValueError("is damaged: it does not match its own sha256")
         listed = value.get("files")
         if not isinstance(listed, dict) or not isinstance(value.get("output"), dict):
             raise ValueError("is not a record of an output")
@@ -123,7 +123,7 @@ class Record:
             nbytes, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (0, 0)
             if not _is_plain(name) or type(nbytes) is not int or type(sha256) is not str:
                 raise ValueError(
-                    f"is not a record of an output: its entry {clipped(name)} is not one of a file"
+                    f"is not a record of an output: its entry {clipped(name)} does not describe a file"
                 )
             files[name] = (nbytes, sha256)
         if missing := sorted({CONFIG, INDEX, *names_of(value["output"], *LISTED)} - files.keys()):

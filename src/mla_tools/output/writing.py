@@ -142,7 +142,8 @@ class Output:
         found = sha256_in(self._folder, present, self._closing.is_set)
         if found != digest and not self._closing.is_set():
             raise DamagedError(
-                f"{self._folder.path / present} is damaged: its bytes are not as they were written; start"
+                f"{self._folder.path / present} is damaged: its bytes have changed since they were"
+                f" written; start"
                 " again with --overwrite"
             )
 

@@ -47,7 +47,7 @@ __all__ = [
     "Steps",
     "Target",
     "Workload",
-    "make_draft_plan",
+    "make_mtp_plan",
     "make_plan",
     "make_steps",
     "steps_of",
@@ -76,7 +76,7 @@ class Steps:
         return self.encoded.steps
 
 
-def make_draft_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+def make_mtp_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     """Return the plan that makes a model of its own of a checkpoint's MTP layers.
 
     Raises UsageError where it has none that could be kept, and CheckpointError as `make_plan`.
@@ -86,7 +86,7 @@ def make_draft_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     held = {name: entry for name, entry in checkpoint.tensors.items() if prefix and name.startswith(prefix)}
     family = drafter({name: entry.spec.shape for name, entry in held.items()}) if drafter else None
     if family is None:
-        raise UsageError(f"--keep-mtp: there are no MTP layers here that could be kept ({name}).")
+        raise UsageError(f"--keep-mtp: there are no MTP layers here ({name}).")
     lost = {name: reason for name, reason in checkpoint.lost.items() if name.startswith(prefix)}
     alone = replace(checkpoint, tensors=held, lost=lost, notes=())
     return make_plan(alone, replace(options, keep_vision=False), family)
@@ -108,16 +108,14 @@ def make_plan(checkpoint: Checkpoint, options: Options, family: Family | None = 
         raise CheckpointError(problems)
     encoded = made.encoded
     idle = [pattern for pattern, _ in options.overrides if pattern not in encoded.overridden]
-    # What a draft does not have, the model may.
+    # What an MTP layer lacks, the model may have.
     if idle and family is None:
         raise UsageError(
-            f"--q-override {', '.join(idle)}: decides on no module. A path looks like"
-            " model.layers.3.self_attn.embed_q; the last override that is found in a path counts."
+            f"--q-override {', '.join(idle)}: matches no module. A path looks like"
+            f" model.layers.3.self_attn.embed_q; the last override that matches a path counts."
         )
     if options.keep_vision and not encoded.vision:
-        raise UsageError(
-            f"--keep-vision: there are no vision tensors here that could be kept ({made.family.name})."
-        )
+        raise UsageError(f"--keep-vision: there are no vision tensors here ({made.family.name}).")
     new_config = output_config(config, made.family, encoded, options)
     return Plan(
         checkpoint,
@@ -159,7 +157,7 @@ def make_steps(
     """Return what becomes of each stored tensor; problems are collected, not raised.
 
     `lost` names tensors that an index promises and that cannot be read, with the reason; `blind` says
-    that some of them could not even be named, so that missing tensors are no news. Raises
+    that some of them could not even be named, so missing tensors are expected. Raises
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
     return _make_steps(stored.items(), config, options, lost or {}, blind, family)
@@ -180,7 +178,7 @@ def _make_steps(
         claimed = claim(stored, _section(family, config), table)
         matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost)
         gathered = gather(matched, table, lost, blind=blind)
-        encoded = encode(gathered.groups, matched.kept, options, table.layers())
+        encoded = encode(gathered.groups, matched.vision, options, table.layers())
         encoded.steps.sort(key=lambda step: natural(step.targets[0].name))
         stages = (claimed, matched, gathered, encoded)
         return Steps(

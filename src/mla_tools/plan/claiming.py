@@ -111,5 +111,5 @@ def _without_biases(sources: Sequence[Source]) -> list[Problem]:
 
 
 def _plain(name: str, spec: Spec) -> Source:
-    """Return a stored tensor that is left out as the tensor that it is by itself."""
+    """Return a dropped stored tensor as a tensor of its own."""
     return Source(name, spec, Dense(spec.dtype), ("weight",))

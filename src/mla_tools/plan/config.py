@@ -76,5 +76,5 @@ def brief(value: object) -> str:
     if isinstance(value, Mapping):
         plain = {key: item for key, item in value.items() if not isinstance(item, Mapping)}
         more = len(value) - len(plain)
-        return f"{plain}" + (f" and {more} modules of their own" if more else "")
+        return f"{plain}" + (f" and entries of {more} module{'s' if more > 1 else ''}" if more else "")
     return repr(value)

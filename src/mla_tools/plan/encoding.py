@@ -11,7 +11,7 @@ from mla_tools.names import short
 from mla_tools.ops import Same
 from mla_tools.options import EMBED_Q, Options
 from mla_tools.plan.gathering import Group
-from mla_tools.plan.matching import Kept
+from mla_tools.plan.matching import VisionTensor
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Param
 from mla_tools.spec import DType, Spec
@@ -26,7 +26,7 @@ class Encoded:
 
     `params`: what each target is in the model. `named`: the paths that config.json must name even where
     they are like the default. `overridden`: the overrides that decide on a module. `vision`: the names of
-    kept vision tensors. `indivisible`: the paths that no group divides, by the group size and their width.
+    copied vision tensors. `indivisible`: the paths that no group divides, by the group size and their width.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -67,22 +67,22 @@ class _Stored:
     group: int | None = None
 
 
-def encode(groups: Sequence[Group], kept: Sequence[Kept], options: Options, layers: int) -> Encoded:
-    """Return the steps that make the targets of complete applications, and of vision tensors that are kept.
+def encode(groups: Sequence[Group], vision: Sequence[VisionTensor], options: Options, layers: int) -> Encoded:
+    """Return the steps that make the targets of complete applications, and of copied vision tensors.
 
-    `layers` is their number in the model, which the recipes for single layers count by.
+    `layers` is their number in the model, by which predicates for single layers count.
     """
     made = Encoded()
-    for each in kept:
+    for each in vision:
         made.steps.append(_copied(each, made))
     for group in groups:
         made.steps.append(_step(group, options, layers, made))
     return made
 
 
-def _copied(kept: Kept, made: Encoded) -> Step:
+def _copied(tensor: VisionTensor, made: Encoded) -> Step:
     """Return the step of a vision tensor: its bits, or its numbers where MLX has no such format."""
-    source, name = kept.source, kept.name
+    source, name = tensor.source, tensor.name
     codec = Dense(source.spec.dtype)
     moved = source.codec == codec
     word = exactness([source], codec, source.spec.dtype, moved=moved)
@@ -207,7 +207,7 @@ def _quantized(path: str, param: Param, layers: int, options: Options) -> _Choic
 
 def is_exempt(param: Param, options: Options) -> bool:
     """Whether the model class leaves a module in floats; like the class's widths, predicates override it."""
-    return param.dense and options.quant_predicate is None
+    return param.unquantized and options.quant_predicate is None
 
 
 def _indivisible(path: str, width: int, choice: _Choice) -> Problem:

@@ -15,8 +15,8 @@ from mla_tools.table import Table
 
 __all__ = ["Gathered", "Group", "gather"]
 
-# As many of the missing numbers are told.
-_TOLD = 8
+# At most this many missing numbers are listed.
+_MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Gathered:
 def gather(matched: Matched, table: Table, lost: Mapping[str, str], *, blind: bool) -> Gathered:
     """Return the applications of routes with their sources.
 
-    `lost` says why tensors cannot be read. With `blind`, missing tensors are no news.
+    `lost` says why tensors cannot be read. With `blind`, missing tensors are expected.
     """
     made = Gathered()
     makers: dict[str, Route] = {}
@@ -85,8 +85,8 @@ def _incomplete(
     needed = short(template(route.source[0]).fold(known, route.where))
     word = "expert" if route.gathered[-1:] == ("e",) else "part"
     numbers = [pieces[-2] if len(pieces := NUMBER.split(name)) > 1 else short(name) for name in missing]
-    few = ", ".join(numbers[:_TOLD])
-    few += f" and {len(numbers) - _TOLD} more" if len(numbers) > _TOLD else ""
+    few = ", ".join(numbers[:_MAX_LISTED])
+    few += f" and {len(numbers) - _MAX_LISTED} more" if len(numbers) > _MAX_LISTED else ""
     what = f"{word} {few} is missing" if len(missing) == 1 else f"{word}s {few} are missing"
     causes = sorted({lost[name] for name in missing if name in lost})
     return Problem(

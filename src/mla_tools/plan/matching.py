@@ -15,14 +15,14 @@ from mla_tools.plan.claiming import Claimed
 from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
-__all__ = ["Application", "Kept", "Matched", "match", "shape_text"]
+__all__ = ["Application", "Matched", "VisionTensor", "match", "shape_text"]
 
 # A route by its number, and the values of the indices that its sources and targets share.
 Application = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Kept:
+class VisionTensor:
     """A vision tensor that is copied: what it is called in the output."""
 
     source: Source
@@ -35,7 +35,7 @@ class Matched:
 
     inputs: dict[Application, dict[int, Source]] = field(default_factory=lambda: defaultdict(dict))
     unfit: set[Application] = field(default_factory=set)
-    kept: list[Kept] = field(default_factory=list)
+    vision: list[VisionTensor] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     # The numbers of the layers that were dropped because a marker shows what they are.
     dropped_layers: set[int] = field(default_factory=set)
@@ -63,17 +63,17 @@ def match(
             key, slot = table.slot(found)
             made.inputs[found.claim, key][slot] = source
             if source.spec.shape != route.shapes[found.position]:
-                made.problems.append(_misshapen(source, route.shapes[found.position]))
+                made.problems.append(_shape_mismatch(source, route.shapes[found.position]))
                 made.unfit.add((found.claim, key))
         else:
             drop = table.drop(found)
-            if keep_vision and drop.image is not None:
-                made.kept.append(Kept(source, drop.image + source.name.removeprefix(drop.source)))
+            if keep_vision and drop.vision is not None:
+                made.vision.append(VisionTensor(source, drop.vision + source.name.removeprefix(drop.source)))
             else:
                 made.drops.append(Drop(source, drop.reason))
                 dropped.append((source, found))
             if drop.shape is not None and source.spec.shape != drop.shape:
-                made.problems.append(_misshapen(source, drop.shape))
+                made.problems.append(_shape_mismatch(source, drop.shape))
     for (claim, _), inputs in made.inputs.items():
         made.layouts[table.routes[claim].layouts] += len(inputs)
     _check_markers(dropped, table, made, lost)
@@ -83,7 +83,7 @@ def match(
 def _check_markers(
     dropped: list[tuple[Source, Match]], table: Table, made: Matched, lost: Collection[str]
 ) -> None:
-    """Refuse to drop layers as MTP layers that are not."""
+    """Refuse to drop layers as MTP layers if they are none."""
     present = {drop.source.name for drop in made.drops}
     for source, found in sorted(dropped, key=lambda one: one[0].name):
         drop = table.drop(found)
@@ -96,7 +96,7 @@ def _check_markers(
             made.problems.append(
                 Problem(
                     source.label,
-                    "would be dropped as what it is not",
+                    "would be dropped for a wrong reason",
                     needed=f"{short(marker)} beside it, if this is {drop.reason}",
                     found="no such tensor",
                     cause="Does config.json give the right number of layers?",
@@ -107,12 +107,12 @@ def _check_markers(
 def _unknown(source: Source, family: Family) -> Problem:
     cause = f"No rule of {family.name} names it. Is model_type in config.json right?"
     if source.name.endswith(SCALES):
-        cause = "It looks like a scale whose weight is missing or stored in a format not known here."
+        cause = "It looks like a scale whose weight is missing or stored in an unknown format."
     found = f"{source.spec} ({source.codec.name})"
     return Problem(source.label, "unknown tensor", found=found, cause=cause)
 
 
-def _misshapen(source: Source, shape: tuple[int, ...]) -> Problem:
+def _shape_mismatch(source: Source, shape: tuple[int, ...]) -> Problem:
     return Problem(source.label, "shape mismatch", shape_text(shape), f"{list(source.spec.shape)}")
 
 

@@ -75,8 +75,8 @@ def workload(steps: Sequence[Step], stored: int, max_memory: int, threads: int) 
         if (found := work(*choice)).peak_bytes <= max_memory:
             return found
     raise MlaToolsError(
-        f"This conversion does not work in {max_memory:,} bytes of memory;"
-        f" the least is --max-memory {-(-work(1, 1).peak_bytes // 10**6)}MB."
+        f"This conversion needs more than {max_memory:,} bytes of memory: at least --max-memory"
+        f" {-(-work(1, 1).peak_bytes // 10**6)}MB."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a plan says beside its steps: what is worth knowing and no problem."""
+"""The notes of a plan: worth knowing, but not problems."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _mtp_layers(family: Family, config: Mapping[str, Any], layers: set[int]) -> 
     said = family.numbers(config).get(key)
     if layers and said is not None and said != len(layers):
         yield (
-            f"{key} is {clipped(said)} in config.json, and the tensors hold {len(layers)}: layers"
+            f"{key} is {clipped(said)} in config.json, but the checkpoint has {len(layers)}: layers"
             f" {fold_indices(layers)}, dropped"
         )
 
@@ -92,7 +92,7 @@ def _unquantized(encoded: Encoded, options: Options) -> Iterator[str]:
     ]
     if exempt:
         folded = ", ".join(fold_names(exempt))
-        yield f"unquantized, because mlx-lm's class does not quantize it: {folded}"
+        yield f"unquantized, because mlx-lm's model class does not quantize it: {folded}"
     for (group, width), paths in encoded.indivisible.items():
         yield (
             f"unquantized, because the group size {group} does not divide its last axis of {width}: "
@@ -103,7 +103,7 @@ def _unquantized(encoded: Encoded, options: Options) -> Iterator[str]:
 def _vision(encoded: Encoded, family: Family) -> Iterator[str]:
     if encoded.vision:
         modules = ", ".join(sorted({name.partition(".")[0] for name in encoded.vision}))
-        yield f"kept as they are, {len(encoded.vision):,} tensors under {modules}: {family.images}"
+        yield f"copied unchanged, {len(encoded.vision):,} vision tensors under {modules}: {family.vision}"
 
 
 def _requantized(steps: Sequence[Step], options: Options) -> Iterator[str]:
@@ -125,8 +125,8 @@ def _narrower_integers(steps: Sequence[Step]) -> Iterator[str]:
                 found[before.name, target.spec.dtype.name].append(target.label)
     for (before_name, after), names in found.items():
         yield (
-            f"stored as {before_name} and written as {after}, which the class reads; a number that does not"
-            f" fit ends the conversion: {', '.join(fold_names(names))}"
+            f"stored as {before_name} and written as {after}, which the model class reads; a number that"
+            f" does not fit ends the conversion: {', '.join(fold_names(names))}"
         )
 
 
@@ -139,12 +139,12 @@ def _disagreeing_sections(config: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(other, Mapping) and "quant_method" not in other and other != given:
         yield (
             f"quantization ({brief(given)}) and quantization_config ({brief(other)}) in config.json"
-            " disagree; mlx_lm.load uses the first. The output has what the tensors are"
+            " disagree; mlx_lm.load uses the first. The output describes the tensors as they are"
         )
 
 
 def _disagreeing_tensors(steps: Sequence[Step], config: Mapping[str, Any]) -> Iterator[str]:
-    """Note what config.json says of tensors that are stored otherwise."""
+    """Note what config.json says of tensors that are stored differently."""
     wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
     tells = {codec: codec.declared(config) for step in steps for codec in step.codecs}
     for step in steps:
@@ -156,7 +156,7 @@ def _disagreeing_tensors(steps: Sequence[Step], config: Mapping[str, Any]) -> It
                 if said is not None:
                     wrong[said, source.codec.name].append(source.label)
     for (said, name), names in wrong.items():
-        yield f"{said} and the tensors are {name}, which counts: " + ", ".join(fold_names(names))
+        yield f"{said} but the tensors are {name}, and this is used: " + ", ".join(fold_names(names))
 
 
 def embed_q_costs(steps: Sequence[Step]) -> tuple[EmbedQCost, ...]:
@@ -198,7 +198,7 @@ def _cost_text(cost: EmbedQCost) -> str:
 
 
 def _global_scales(encoded: Encoded, options: Options) -> Iterator[str]:
-    """Note which tensors keep their global scale, and which are decoded for want of one in MLX."""
+    """Note which tensors keep their global scale, and which are decoded because MLX has none there."""
     held = decoded = 0
     for step in encoded.steps:
         native = step.sources[0].codec.native
@@ -209,15 +209,15 @@ def _global_scales(encoded: Encoded, options: Options) -> Iterator[str]:
             decoded += lacks and target.exactness == "decoded" and not options.overriding(target.label)
     if held:
         yield (
-            f"nvfp4 with a global scale: {_tensors(held)} of experts keep codes and E4M3 scales bit for bit,"
-            " and the global scale as MLX's global_scale, equal to within one unit of float32;"
-            " MLX multiplies with it on a GPU only"
+            f"nvfp4 with a global scale: {_tensors(held)} of experts keep codes and E4M3 scales bit for bit;"
+            f" the global scale becomes MLX's global_scale, equal to within one unit of float32; MLX"
+            f" multiplies with it only on a GPU"
         )
     if decoded and not options.dequantize:
         yield (
             f"nvfp4 with a global scale: {_tensors(decoded)} decoded to floats, because MLX has no such scale"
-            " outside of experts; multiplied into the E4M3 scales it would leave those of weights below"
-            " 0.09 in steps of 2^-9 (subnormal)"
+            " outside of experts; multiplied into the E4M3 scales, it would make those of weights below 0.09"
+            " subnormal, in steps of 2^-9"
         )
 
 

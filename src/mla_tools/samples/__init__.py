@@ -3,7 +3,7 @@
 They are made by running a family's table backwards: random values for every tensor of the model, the
 inverse of each rule, and the format asked for. So they need neither torch nor transformers.
 
-`configs/` has one config.json for each family, named after it, in the hub's spelling and written out in
+`configs/` has one config.json for each family, named after it, as on the hub and written out in
 full. What JSON has no room to say there: the last of the `compress_ratios` of DeepSeek V4 and V4.1 is that of
 an MTP layer; Kimi K2 has no yarn, because transformers does not know its model_type, and its tokenizer
 loader ends in an AttributeError on such a config with yarn unless it may run the checkpoint's own code.

@@ -42,7 +42,7 @@ def write_checkpoint(
 ) -> None:
     """Write tensors under the hub's names as a checkpoint in a format, with a tokenizer.
 
-    `tensors` are float32 or whole numbers; `config` is in the hub's spelling and gets the section of the
+    `tensors` are float32 or integers; `config` is as on the hub and gets the section of the
     format.
     """
     import mlx.core as mx
@@ -82,7 +82,7 @@ def format_of(tensor: str, shape: tuple[int, ...], family: Family, fmt: str) -> 
     try:
         codec.encoded(Spec(shape, dtype))
     except ValueError:
-        # Groups or words do not divide it, so it stays dense.
+        # Groups or words do not divide it, so it stays unquantized.
         codec = Dense(dtype)
     return codec, dtype
 

@@ -17,7 +17,7 @@ from mla_tools.output.record import MAX_RECORD
 
 __all__ = ["Verified", "verify_output"]
 
-AGAIN = "Convert again, or copy the file again from where it was whole."
+AGAIN = "Convert again, or copy the file again from an intact copy."
 
 _WEIGHTS = ".safetensors"
 
@@ -29,7 +29,7 @@ _OPENED = (_WEIGHTS, ".py", ".json", ".jinja")  # a reader that looks for these 
 
 @dataclass(frozen=True)
 class Verified:
-    """An output that is as it was written: its files, their bytes, and what else lies beside them."""
+    """An unchanged output: its files, their bytes, and what else is in the folder."""
 
     files: int
     nbytes: int
@@ -39,7 +39,7 @@ class Verified:
 def verify_output(
     path: Path, *, quick: bool = False, progress: Callable[[int], None] = lambda nbytes: None
 ) -> Verified:
-    """Return what an output is, all files of which are as they were written.
+    """Return what an output is, if all of its files are unchanged.
 
     Headers and index are read, sizes and the sha256 of every file compared with mla_tools.json; `quick`
     leaves out the sha256 of the weight files, but not that of their headers. Anything else in the folder that
@@ -67,7 +67,7 @@ def verify_output(
     if problems or strays:
         found = CheckpointError([*problems, *strays])
         if not problems:
-            found.add_note(f"All {len(record.files)} files of the conversion are as they were written.")
+            found.add_note(f"All {len(record.files)} files of the conversion are unchanged.")
         for note in notes:
             found.add_note(note)
         raise found
@@ -84,13 +84,12 @@ def _record(folder: Folder) -> Record:
         raise MlaToolsError(f"{folder} cannot be read: {error.strerror}") from error
     if unfinished:
         raise MlaToolsError(
-            f"{folder} is unfinished: finish it with mla-sanitize convert --resume, with the options that it"
-            " had"
+            f"{folder} is unfinished: finish it with mla-sanitize convert --resume, with its original options"
         )
     if RECORD not in there:
         raise MlaToolsError(
-            f"{folder} holds no {RECORD}, so there is nothing to compare it with: it is no output of this"
-            " tool, or not a whole one. mla-sanitize inspect looks at any checkpoint."
+            f"{folder} holds no {RECORD}, so there is nothing to compare it with: it is not a complete"
+            f" output of this tool. mla-sanitize inspect accepts any checkpoint."
         )
     try:
         return Record.parse(read_whole(folder.file(RECORD), MAX_RECORD))
@@ -116,7 +115,7 @@ def _beside(path: Path, record: Record) -> tuple[list[Problem], tuple[str, ...]]
                 Problem(
                     shown(item.name),
                     what,
-                    cause="A reader of models may open it: remove it, or keep it elsewhere.",
+                    cause="A model loader may open it: remove it, or move it elsewhere.",
                 )
             )
     return problems, tuple(notes)
@@ -154,7 +153,7 @@ def _file_problem(
         if quick and header is not None:
             return None
         if (found := _digest(opened, nbytes)) != sha256:
-            return Problem(shown(name), "is not what was written", f"sha256 {sha256}", found, AGAIN)
+            return Problem(shown(name), "was changed since it was written", f"sha256 {sha256}", found, AGAIN)
     except CheckpointError as error:
         return error.problems[0]
     finally:

@@ -43,11 +43,17 @@ def compare(stored: Shapes, declared: Shapes) -> list[Problem]:
     for name in sorted({*stored, *declared}):
         found, needed = stored.get(name), declared.get(name)
         if needed is None:
-            problems.append(Problem(name, "mlx-lm's class has no such parameter", "nothing", f"{found}"))
+            problems.append(
+                Problem(name, "mlx-lm's model class has no such parameter", "nothing", f"{found}")
+            )
         elif found is None:
-            problems.append(Problem(name, "mlx-lm's class wants this parameter", f"{needed}", "nothing"))
+            problems.append(
+                Problem(name, "mlx-lm's model class needs this parameter", f"{needed}", "nothing")
+            )
         elif list(found) != list(needed):
-            problems.append(Problem(name, "has another shape in mlx-lm's class", f"{needed}", f"{found}"))
+            problems.append(
+                Problem(name, "has another shape in mlx-lm's model class", f"{needed}", f"{found}")
+            )
     return problems
 
 
@@ -124,7 +130,7 @@ class ManifestCheck:
         match found:
             case {"manifest": {}} | {"refused": str()}:
                 return dict(found)
-        raise _unasked("its answer is none")
+        raise _unasked("its answer is not valid")
 
     def cancel(self) -> None:
         """End the child if it still runs."""
@@ -135,6 +141,6 @@ class ManifestCheck:
 
 def _unasked(why: str) -> MlaToolsError:
     return MlaToolsError(
-        f"The installed mlx-lm could not be asked whether it loads this model: {why}. The model may be right;"
-        " see that mlx_lm can be imported, and resume."
+        f"It could not be checked whether the installed mlx-lm loads this model: {why}. The model may be"
+        f" right: make sure that mlx_lm can be imported, and resume."
     )

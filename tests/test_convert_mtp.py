@@ -20,7 +20,7 @@ from mla_tools.cli import main
 from mla_tools.errors import CheckpointError, MlaToolsError, UsageError
 from mla_tools.files.checkpoint import Checkpoint, open_checkpoint
 from mla_tools.options import Options
-from mla_tools.plan import make_draft_plan, make_plan
+from mla_tools.plan import make_mtp_plan, make_plan
 from mla_tools.samples import write_sample
 
 DSPARK = {"dspark_block_size": 4, "dspark_target_layer_ids": [1, 2, 3], "dspark_noise_token_id": 7}
@@ -88,13 +88,13 @@ def test_an_mtp_layer_is_what_mlx_vlms_drafter_reads(sample: Path, tmp_path: Pat
 def test_stages_of_dspark_are_what_mlx_vlms_drafter_reads(sample: Path, tmp_path: Path) -> None:
     source = stages(sample, tmp_path / "source", **DSPARK)
     plan = make_plan(open_checkpoint(source), Options())
-    assert any("num_nextn_predict_layers is 1" in note and "hold 3" in note for note in plan.notes)
+    assert any("num_nextn_predict_layers is 1" in note and "has 3" in note for note in plan.notes)
     assert main(["convert", str(source), "--mlx-path", str(tmp_path / "out"), "--keep-mtp"]) == 0
     model = load_model(tmp_path / "out-mtp")
     assert type(model).__name__ == "DeepseekV4DsparkDraftModel"
     assert len(model.stages) == 3
     assert model.config.target_layer_ids == [1, 2, 3]
-    drafts = make_draft_plan(open_checkpoint(source), Options())
+    drafts = make_mtp_plan(open_checkpoint(source), Options())
     assert [drop.source.name for drop in drafts.drops] == ["mtp.2.confidence_head.proj.weight"]
 
 
@@ -102,7 +102,7 @@ def test_a_config_that_does_not_say_how_stages_draft_is_refused(sample: Path, tm
     source = stages(sample, tmp_path / "source")
     out = tmp_path / "out"
     with pytest.raises(CheckpointError) as caught:
-        make_draft_plan(open_checkpoint(source), Options())
+        make_mtp_plan(open_checkpoint(source), Options())
     assert [problem.what for problem in caught.value.problems] == [f"{key} cannot be used" for key in DSPARK]
     assert main(["convert", str(source), "--mlx-path", str(out), "--keep-mtp"]) == 1
     assert not out.exists()
@@ -116,25 +116,25 @@ def without(found: Checkpoint, *beginnings: str) -> Checkpoint:
 def test_a_missing_tensor_of_a_draft_layer_is_missed(sample: Path) -> None:
     found = open_checkpoint(sample)
     with pytest.raises(CheckpointError, match=r"decoder\.ffn\.switch_mlp\.up_proj: expert 3 is missing"):
-        make_draft_plan(without(found, "mtp.0.ffn.experts.3.w3."), Options())
+        make_mtp_plan(without(found, "mtp.0.ffn.experts.3.w3."), Options())
     with pytest.raises(CheckpointError, match=r"e_proj"):
-        make_draft_plan(without(found, "mtp.0.e_proj."), Options())
+        make_mtp_plan(without(found, "mtp.0.e_proj."), Options())
 
 
 def test_layers_that_no_drafter_reads_are_refused(sample: Path) -> None:
     found = open_checkpoint(sample)
     second = {name.replace("mtp.0.", "mtp.1."): entry for name, entry in found.tensors.items()}
     with pytest.raises(MlaToolsError, match=r"mlx-vlm has no drafter for these layers"):
-        make_draft_plan(replace(found, tensors={**found.tensors, **second}), Options())
+        make_mtp_plan(replace(found, tensors={**found.tensors, **second}), Options())
 
 
 def test_no_draft_layers_to_keep_is_said_before_anything_is_written(sample: Path, tmp_path: Path) -> None:
     found = open_checkpoint(sample)
     odd = {"mtp.norm.weight": found.tensors["norm.weight"]}
     with pytest.raises(UsageError, match=r"no MTP layers here"):
-        make_draft_plan(replace(found, tensors=odd), Options())
+        make_mtp_plan(replace(found, tensors=odd), Options())
     with pytest.raises(UsageError, match=r"no MTP layers here"):
-        make_draft_plan(without(open_checkpoint(sample), "mtp."), Options())
+        make_mtp_plan(without(open_checkpoint(sample), "mtp."), Options())
     write_sample("deepseek_v3", tmp_path / "v3")
     assert main(["convert", str(tmp_path / "v3"), "--mlx-path", str(tmp_path / "out"), "--keep-mtp"]) == 2
     assert not (tmp_path / "out").exists()
@@ -155,7 +155,7 @@ def test_the_drafts_of_real_checkpoints_are_complete(
     listing: str, keys: dict[str, Any], tensors: int, dropped: int
 ) -> None:
     found = checkpoint(listing)
-    plan = make_draft_plan(replace(found, config={**found.config, **keys}), Options())
+    plan = make_mtp_plan(replace(found, config={**found.config, **keys}), Options())
     assert sum(len(step.targets) for step in plan.steps) == tensors
     assert len(plan.drops) == dropped
     used = [part for step in plan.steps for source in step.sources for part in source.parts.values()]

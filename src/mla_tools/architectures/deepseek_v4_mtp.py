@@ -1,7 +1,7 @@
-"""The draft layers of DeepSeek V4 as models of their own, with the names of mlx-vlm's drafters.
+"""The MTP layers of DeepSeek V4 as separate models, with the names of mlx-vlm's drafters.
 
 The first release has one MTP layer, 0731 three stages of DSpark; their tensors tell which. They use the
-embedding and the output head of the model that they draft for.
+embedding and the output head of the main model.
 Source: mlx_vlm/speculative/drafters in mlx-vlm 0.7.10.
 """
 
@@ -20,7 +20,7 @@ from mla_tools.rules import Drop, Param, Rule
 
 __all__ = ["PREFIX", "drafter"]
 
-# What the names of all draft layers begin with, in every layout that has them.
+# The prefix of all MTP layers, in every layout that has them.
 PREFIX = "mtp."
 
 _LINEAR = Param(quantizable=True)
@@ -30,7 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def drafter(shapes: Shapes) -> Family | None:
-    """Return the family of the draft layers among the stored tensors of a checkpoint, if it has some.
+    """Return the family of the MTP layers among the stored tensors of a checkpoint, if it has some.
 
     Raises CheckpointError for layers that mlx-vlm has no drafter for.
     """
@@ -90,12 +90,12 @@ def _dspark(g: Geometry, wide: int, rank: int, count: int) -> tuple[list[Rule], 
     rules.append(stage.linear(("main_norm",), "main_norm", (hidden,), first, _KEPT))
     for name in ("markov_head.markov_w1", "markov_head.markov_w2"):
         rules.append(top.linear((name,), name, (vocab, rank), last))
-    reason = "confidence of a draft, which mlx-vlm's drafter does not ask for"
+    reason = "confidence head, which mlx-vlm's drafter does not use"
     return rules, [Drop("mtp.{l}.confidence_head.proj.weight", reason, last)]
 
 
 def _config(config: Mapping[str, Any], count: int, rank: int | None) -> dict[str, Any]:
-    """Return the keys that mlx-vlm's drafters read: the model's config inside, and the size of a draft."""
+    """Return the keys that mlx-vlm's drafters read: the model's config inside, and the length of a draft."""
     inside = {
         key: value for key, value in config.items() if key not in ("quantization", "quantization_config")
     }
@@ -114,13 +114,13 @@ def _config(config: Mapping[str, Any], count: int, rank: int | None) -> dict[str
 
 
 def _refuse(config: Mapping[str, Any]) -> list[Problem]:
-    """Refuse a config that does not say how the stages draft."""
+    """Refuse a config without the settings of the DSpark stages."""
     kinds = {"dspark_block_size": int, "dspark_target_layer_ids": list, "dspark_noise_token_id": int}
     return [
         Problem(
             "config.json",
             f"{key} cannot be used",
-            "how the DSpark stages in mtp draft",
+            f"{'an integer' if kind is int else 'a list'}, for the DSpark stages in mtp",
             repr(config[key])[:80] if key in config else "no such key",
         )
         for key, kind in kinds.items()
