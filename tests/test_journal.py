@@ -15,7 +15,7 @@ from tiny import JOURNALS, SHARD_BYTES, begun, computing_here, digests, lines_of
 
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
-from mla_tools.files.safetensors import parse_object
+from mla_tools.files.parsing import parse_object
 from mla_tools.output import writing as output_writing
 from mla_tools.output.journal import line_of
 from mla_tools.output.record import sha256_hex

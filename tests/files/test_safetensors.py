@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tools.errors import CheckpointError, MlaToolsError
+from mla_tools.files.parsing import parse_object
 from mla_tools.files.place import LocalFile, shown
 from mla_tools.files.reader import Reader
-from mla_tools.files.safetensors import Layout, layout, parse_object, read_header
+from mla_tools.files.safetensors import Layout, layout, read_header
 from mla_tools.files.writer import Writer
 from mla_tools.spec import DType, Spec
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError, clipped
 from mla_tools.files.network import Arrival, Client, Clock, Sleep, passing, plain
+from mla_tools.files.parsing import parse_object
 from mla_tools.files.place import Bytes, File, Folder, Kind, OpenFile, Part, Place, check_range, shown
 from mla_tools.files.ranges import Ranges, refusal
-from mla_tools.files.safetensors import parse_object
 from mla_tools.files.settings import checked_endpoint, constants, hub_headers, one_line, session
 
 __all__ = ["Repository", "locate", "open_repository"]

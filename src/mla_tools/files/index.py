@@ -10,8 +10,9 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from mla_tools.errors import CheckpointError, Problem
+from mla_tools.files.parsing import NotJsonError, parse_object
 from mla_tools.files.place import AGAIN, Place, read_whole, shown
-from mla_tools.files.safetensors import NotJsonError, parse_object, total_bytes
+from mla_tools.files.safetensors import total_bytes
 from mla_tools.names import fold_names
 from mla_tools.spec import Spec
 

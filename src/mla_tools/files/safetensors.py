@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, clipped
+from mla_tools.files.parsing import parse_object
 from mla_tools.files.place import AGAIN, File, OpenFile, Part, as_file, shown
 from mla_tools.spec import DType, Spec
 
 __all__ = [
     "Header",
     "Layout",
-    "NotJsonError",
     "Stored",
     "layout",
-    "parse_object",
     "read_header",
     "total_bytes",
 ]
@@ -258,69 +256,6 @@ def _is_text(value: object) -> bool:
 def _count(number: int) -> str:
     """Return a number with thousands separators, or its order of magnitude when it is absurd."""
     return f"{number:,}" if number < _MAX_NUMBER else f"about 2^{number.bit_length() - 1}"
-
-
-class NotJsonError(ValueError):
-    """A file holds a number that Python reads and writes, and that JSON does not have."""
-
-
-def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
-    """Return the JSON object in `data`, and every duplicate key of its objects.
-
-    Raises ValueError with the end of a sentence ("is not JSON: …") when there is no object, and its
-    NotJsonError for NaN, for infinity, and for a number that is too large to be read as anything else.
-    """
-    twice: list[str] = []
-
-    def gather(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice.extend(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        return found
-
-    def load(hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None) -> Any:
-        return json.loads(text, object_pairs_hook=hook, parse_float=_finite, parse_constant=_refuse_constant)
-
-    try:
-        text = data.decode()
-        value = load(None)
-        if not _has_no_duplicates(value, text):
-            value = load(gather)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text (byte {error.start:,})") from error
-    except RecursionError as error:
-        raise ValueError("is nested too deeply") from error
-    except NotJsonError:
-        raise
-    except ValueError as error:  # also numbers of thousands of digits
-        raise ValueError(f"is not JSON: {error}") from error
-    if type(value) is not dict:
-        raise ValueError("is not a JSON object")
-    return value, twice
-
-
-def _has_no_duplicates(value: object, text: str) -> bool:
-    """Return whether it is certain, without looking at pairs, that some JSON has no duplicate key.
-
-    In compact JSON each key is a quote and a colon. With spaces between them there are fewer of these, with
-    escaped quotes there may be more, and objects in objects in objects are not counted.
-    """
-    if type(value) is not dict:
-        return False
-    inner = (item for item in value.values() if type(item) is dict)
-    return text.count('":') == len(value) + sum(map(len, inner))
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise NotJsonError(f"holds the number {shown(text)}, which is read as infinity")
-    return number
-
-
-def _refuse_constant(text: str) -> float:
-    raise NotJsonError(f"is not JSON: it holds {text}, and JSON has no such number")
 
 
 @dataclass(frozen=True)

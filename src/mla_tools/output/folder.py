@@ -7,7 +7,6 @@ import shutil
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory, longest_name, partial_name, sync
 from mla_tools.files.place import identity_of, shown
 from mla_tools.files.writer import sha256_in
+from mla_tools.output.found import Found, find_record
 from mla_tools.output.journal import (
     CLEARING,
     Journal,
@@ -26,7 +26,7 @@ from mla_tools.output.journal import (
     other_plan,
     read_journals,
 )
-from mla_tools.output.record import CONFIG, INDEX, LISTED, MAX_RECORD, RECORD, Record, differences, names_of
+from mla_tools.output.record import CONFIG, INDEX, RECORD, Record, differences
 from mla_tools.plan import OutputFile, Plan
 
 __all__ = [
@@ -44,80 +44,6 @@ __all__ = [
 SMALL_FILES = 64 << 20
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What lies in a folder: its names, the journals among them, what these began with, and the record.
-
-    `state` is what the journals call done.
-    """
-
-    names: frozenset[str]
-    journals: frozenset[str]
-    begun: Mapping[str, dict[str, Any]]
-    record: Record | None
-    state: State
-
-    @classmethod
-    def of(cls, folder: Directory) -> _Found:
-        held = read_journals(folder)
-        begun = {name: first for name, (first, _) in held.items() if first is not None}
-        names = frozenset(folder.names())
-        return cls(names, frozenset(held), begun, find_record(folder), State.of(held))
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether an output was begun here: by what a journal says, or by there being nothing but the first
-        of what a conversion makes, whose journal the power cut came too early for."""
-        rest = self.names - self.journals
-        return bool(self.begun) or bool(self.journals and all(map(_is_partial, rest)))
-
-    @property
-    def clearing(self) -> bool:
-        """Whether the removal of an output was begun here, and what is removed is on record."""
-        return CLEARING in self.begun
-
-    def ours(self) -> set[str]:
-        """Return the names of all files that the conversions which were here may have made."""
-        names = self._listed(*LISTED) | ({RECORD, INDEX, CONFIG} if self.begun else set())
-        if self.record is not None:
-            names |= {RECORD, *self.record.files}
-        if self.journals and not self.clearing:
-            # What still has its temporary name did not get the final one from us, and before the last
-            # weight file was complete nothing did.
-            final = {name for name in names if partial_name(name) not in self.names}
-            names = (final if self._named_files else set()) | {partial_name(name) for name in names}
-        partials = {partial_name(name) for name in names if not _is_partial(name)}
-        return names | partials | self.journals
-
-    @property
-    def _named_files(self) -> bool:
-        """Whether an interrupted run had come so far that it gave files their final names."""
-        weights = self._listed("files")
-        return self.record is not None or (bool(weights) and weights <= self.state.sealed.keys())
-
-    def _listed(self, *keys: str) -> set[str]:
-        """Return the names of the files that the journals were begun for."""
-        outputs = (first.get("provenance", first) for first in self.begun.values())
-        return {
-            name
-            for output in outputs
-            for name in names_of(output.get("output") if isinstance(output, dict) else None, *keys)
-        }
-
-
-def _is_partial(name: str) -> bool:
-    return name.endswith(partial_name(""))
-
-
-def find_record(folder: Directory) -> Record | None:
-    """Return the record of a folder, None if it has no sound one."""
-    data = folder.read(RECORD, MAX_RECORD)
-    if data is not None:
-        with suppress(ValueError):
-            return Record.parse(data)
-    return None
-
-
 def check_output(path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Raise MlaToolsError if an output folder cannot be made there.
 
@@ -126,12 +52,12 @@ def check_output(path: Path, *, resume: bool = False, overwrite: bool = False) -
     try:
         if os.path.lexists(path):
             with _open(path) as folder:
-                _check(folder, _Found.of(folder), resume=resume, overwrite=overwrite)
+                _check(folder, Found.of(folder), resume=resume, overwrite=overwrite)
     except OSError as error:
         raise _unusable(path, error) from error
 
 
-def _check(folder: Directory, found: _Found, *, resume: bool, overwrite: bool) -> None:
+def _check(folder: Directory, found: Found, *, resume: bool, overwrite: bool) -> None:
     allowed = resume or overwrite
     refused = f"Cannot save to the path {folder.path} as it already exists."
     if found.unfinished:
@@ -156,7 +82,7 @@ def _check(folder: Directory, found: _Found, *, resume: bool, overwrite: bool) -
 def is_unfinished(path: Path) -> bool:
     """Return whether a folder is an output of this tool that was begun and is not complete."""
     with suppress(OSError, MlaToolsError), Directory(path) as folder:
-        return _Found.of(folder).unfinished
+        return Found.of(folder).unfinished
     return False
 
 
@@ -266,7 +192,7 @@ def _find_again(
     plan: Plan, folder: Directory, begun: Mapping[str, Any], *, resume: bool, overwrite: bool
 ) -> None:
     """Make room for an output in a folder that is there, or raise MlaToolsError."""
-    found = _Found.of(folder)
+    found = Found.of(folder)
     _check(folder, found, resume=resume, overwrite=overwrite)
     if resume and not found.unfinished:
         _refuse_finished(folder, found, begun["provenance"])
@@ -344,7 +270,7 @@ def _refuse_long_names(plan: Plan, path: Path) -> None:
         )
 
 
-def _refuse_finished(folder: Directory, found: _Found, provenance: Mapping[str, Any]) -> None:
+def _refuse_finished(folder: Directory, found: Found, provenance: Mapping[str, Any]) -> None:
     """Raise MlaToolsError for a finished output that is not this one, or not as it was left."""
     record = found.record
     if record is None:
@@ -357,7 +283,7 @@ def _refuse_finished(folder: Directory, found: _Found, provenance: Mapping[str, 
     )
 
 
-def _refuse_strange(folder: Directory, found: _Found, ours: set[str]) -> None:
+def _refuse_strange(folder: Directory, found: Found, ours: set[str]) -> None:
     """Raise MlaToolsError if a folder holds anything that this tool did not make."""
     statuses = {name: folder.status(name) for name in sorted(found.names)}
     strange = [
@@ -379,7 +305,7 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:4])) + more
 
 
-def _clear(folder: Directory, found: _Found, ours: set[str]) -> None:
+def _clear(folder: Directory, found: Found, ours: set[str]) -> None:
     """Remove an output of this tool: the files that were looked at, and nothing that has come since."""
     statuses = {name: folder.status(name) for name in sorted(found.names & ours)}
     known = {name: identity_of(status) for name, status in statuses.items() if status is not None}

@@ -16,7 +16,7 @@ from typing import Any
 
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.directory import Directory, sync, write_all
-from mla_tools.files.safetensors import parse_object
+from mla_tools.files.parsing import parse_object
 from mla_tools.files.writer import Range
 from mla_tools.output.record import compact, differences, sha256_hex
 from mla_tools.plan import Target

@@ -18,8 +18,8 @@ from typing import Any
 
 from mla_tools.errors import clipped
 from mla_tools.files.index import CONFIG, INDEX
+from mla_tools.files.parsing import parse_object
 from mla_tools.files.place import Place, shown
-from mla_tools.files.safetensors import parse_object
 from mla_tools.plan import Plan
 
 __all__ = [
