@@ -1,9 +1,9 @@
 """Header listings of real checkpoints at full size, as checkpoints whose files do not exist.
 
-`tests/headers/*.json` hold where they are from (`source`), a config, the totals that somebody published of the
-checkpoint, whoever it was (`published`), how many tensors a plan drops by how the reason begins (`dropped`),
-and the stored tensors in a short form (`tensors`): {pattern: [dtype, shape]}, where a group in braces is a
-comma list of words and of ranges a-b or, in steps of s, a-b/s.
+`tests/headers/*.json` hold where they are from (`source`), a config, the totals that are published of
+the checkpoint (`published`), how many tensors a plan drops, by how the reason begins (`dropped`), and the
+stored tensors in a short form (`tensors`): {pattern: [dtype, shape]}, where a group in braces is a comma list
+of words and of ranges a-b or, in steps of s, a-b/s.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ __all__ = ["contents", "loaded", "mlx_lm_reads", "same", "sample"]
 
 
 def mlx_lm_reads(family: str) -> bool:
-    """Return whether mlx-lm finds a class by what the hub's config.json says, so that it converts by itself."""
+    """Return whether mlx-lm finds a class by the hub's config.json, so that it can convert by itself."""
     config = sample_config(family)
     config.setdefault("model_type", MODEL_TYPES[family].model_type)
     try:
