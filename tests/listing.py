@@ -1,8 +1,9 @@
 """Header listings of real checkpoints at full size, as checkpoints whose files do not exist.
 
-`tests/headers/*.json` hold a config, the published totals, and the stored tensors in a short form:
-{pattern: [dtype, shape]}, where a group in braces is a comma list of words and of ranges a-b or, in
-steps of s, a-b/s.
+`tests/headers/*.json` hold where they are from (`source`), a config, the totals that are published of
+the checkpoint (`published`), how many tensors a plan drops, by how the reason begins (`dropped`), and the
+stored tensors in a short form (`tensors`): {pattern: [dtype, shape]}, where a group in braces is a comma list
+of words and of ranges a-b or, in steps of s, a-b/s.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ _HEADER = 4096
 
 @dataclass(frozen=True)
 class Listing:
-    """What a checkpoint on the hub holds: its config, its stored tensors, and the totals it is known by."""
+    """What a checkpoint on the hub holds: its config, its stored tensors, and the totals it is known by.
+
+    `dropped`: how many tensors a plan leaves out, by how the reason begins.
+    """
 
     name: str
     config: dict[str, Any]
     stored: dict[str, Spec]
     published: dict[str, Any]
+    dropped: dict[str, int]
 
 
 @cache
@@ -51,7 +56,7 @@ def load(name: str) -> Listing:
         for tensor in expand(pattern):
             assert tensor not in stored, f"{tensor} is listed twice"
             stored[tensor] = spec
-    return Listing(name, value["config"], stored, value["published"])
+    return Listing(name, value["config"], stored, value["published"], value.get("dropped", {}))
 
 
 def expand(pattern: str) -> Iterator[str]:

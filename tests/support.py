@@ -10,10 +10,23 @@ from tempfile import mkdtemp
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.utils import _get_classes
 
-from mla_tools.samples import write_sample
+from mla_tools.architectures import MODEL_TYPES
+from mla_tools.samples import sample_config, write_sample
 
-__all__ = ["contents", "loaded", "same", "sample"]
+__all__ = ["contents", "loaded", "mlx_lm_reads", "same", "sample"]
+
+
+def mlx_lm_reads(family: str) -> bool:
+    """Return whether mlx-lm finds a class by the hub's config.json, so that it can convert by itself."""
+    config = sample_config(family)
+    config.setdefault("model_type", MODEL_TYPES[family].model_type)
+    try:
+        _get_classes(config)
+    except ValueError:
+        return False
+    return True
 
 
 def sample(family: str, fmt: str = "bf16") -> Path:

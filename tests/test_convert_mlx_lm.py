@@ -1,4 +1,8 @@
-"""Dense checkpoints converted by us and by mlx_lm.convert, compared bit for bit."""
+"""Dense checkpoints converted by us and by mlx_lm.convert, compared bit for bit.
+
+Where mlx-lm has no class for the model_type on the hub, it is given our conversion without any flag: that
+shows what the flags do. What is in such a conversion, test_layouts.py and test_samples.py show.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import pytest
 from conversion import convert
 from mlx_lm.convert import convert as mlx_lm_convert
 from pairs import pairs, product
-from support import loaded
+from support import loaded, mlx_lm_reads
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.samples import write_sample
@@ -58,8 +62,8 @@ CRASHES = {("longcat_flash_ngram", recipe) for recipe in FLAGS if recipe.startsw
 
 
 @cache
-def sample(family: str) -> Path:
-    """Return a dense sample of a family, "-f32" for float32, with the model_type that mlx-lm asks for."""
+def sample(family: str) -> tuple[Path, Path]:
+    """Return a dense sample of a family, "-f32" for float32, and what mlx_lm.convert is given of it."""
     name, _, fmt = family.partition("-")
     folder = Path(mkdtemp()) / family
     write_sample(name, folder, fmt or "bf16")
@@ -70,11 +74,13 @@ def sample(family: str) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config.setdefault("model_type", MODEL_TYPES[name].model_type)
     (folder / "config.json").write_text(json.dumps(config))
-    if MODEL_TYPES[name].runtime:
-        # mlx-lm has no class for it: it is given ours, and what ours loads.
-        convert(folder, folder.with_name("ours"))
-        return folder.with_name("ours")
-    return folder
+    if name == "kimi_vl":
+        return folder, as_kimi_k25(folder, folder.with_name("theirs"))
+    if mlx_lm_reads(name):
+        return folder, folder
+    # Where the class is ours, it comes with the output.
+    convert(folder, folder.with_name("theirs"))
+    return folder, folder.with_name("theirs")
 
 
 def remove_mtp_layer(folder: Path) -> None:
@@ -133,11 +139,9 @@ def resolved(section: dict[str, object] | None) -> dict[str, object] | None:
 )
 def test_equals_mlx_lm_convert(family: str, flags: str, tmp_path: Path) -> None:
     ours, theirs = FLAGS[flags]
-    source = sample(family)
+    source, given = sample(family)
     convert(source, tmp_path / "ours", *ours)
-    if family == "kimi_vl":
-        source = as_kimi_k25(source, tmp_path / "source")
-    mlx_lm_convert(str(source), str(tmp_path / "theirs"), trust_remote_code=True, **theirs)
+    mlx_lm_convert(str(given), str(tmp_path / "theirs"), trust_remote_code=True, **theirs)
 
     got, wanted = loaded(tmp_path / "ours"), loaded(tmp_path / "theirs")
     assert got.keys() == wanted.keys()
@@ -153,7 +157,7 @@ def test_equals_mlx_lm_convert(family: str, flags: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "flags"), sorted(CRASHES))
 def test_recipes_work_where_mlx_lm_ends_in_an_error(family: str, flags: str, tmp_path: Path) -> None:
-    source = sample(family)
+    source, given = sample(family)
     with pytest.raises(ValueError, match="invalid literal for int"):
-        mlx_lm_convert(str(source), str(tmp_path / "theirs"), **FLAGS[flags][1])
+        mlx_lm_convert(str(given), str(tmp_path / "theirs"), **FLAGS[flags][1])
     convert(source, tmp_path / "ours", *FLAGS[flags][0])

@@ -9,11 +9,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mla_tools.architectures import MODEL_TYPES, blocks, table_of
+from mla_tools.architectures import MODEL_TYPES, blocks, deepseek_v3, table_of
 from mla_tools.architectures.geometry import Geometry, Num, label
 from mla_tools.errors import CheckpointError
 from mla_tools.ops import SplitKvB, Stack
-from mla_tools.rules import Route, Rule
+from mla_tools.rules import Drop, Route, Rule
 from mla_tools.samples import sample_config
 from mla_tools.verify.child import model_classes
 
@@ -296,6 +296,56 @@ def test_the_decay_of_kimi_k3_is_padded_to_the_length_of_a_head() -> None:
     route = table.route(there)
     assert route is not None
     assert (route.layouts, route.shapes) == (("mlx",), ((4,),))
+
+
+# --- names -------------------------------------------------------------------------------------------
+
+
+def names(table: tuple[list[Rule], list[Drop]]) -> tuple[set[str], set[str], set[str]]:
+    """Return the templates of what is read, of what the model has, and of what is dropped, markers too."""
+    rules, drops = table
+    return (
+        {text for rule in rules for form in rule.forms for text in form.source},
+        {text for rule in rules for text in rule.target},
+        {text for drop in drops for text in (drop.source, drop.marker) if text},
+    )
+
+
+def test_the_hubs_names_are_other_ones_in_rules_and_drops() -> None:
+    table = deepseek_v3.decoder(Geometry(sample_config("deepseek_v3")))
+    given, found = names(table), names(blocks.renamed(table, hub={"o_proj": "out_proj", "eh_proj": "joint"}))
+    for before, after in zip((given[0], given[2]), (found[0], found[2]), strict=True):
+        assert before != after
+        wanted = {text.replace(".o_proj.", ".out_proj.").replace(".eh_proj.", ".joint.") for text in before}
+        assert after == wanted
+    assert found[1] == given[1]
+
+
+def test_the_names_of_the_class_are_other_ones_in_targets_alone() -> None:
+    table = deepseek_v3.decoder(Geometry(sample_config("deepseek_v3")))
+    given = names(table)
+    found = names(blocks.renamed(table, model={"mlp.switch_mlp": "moe.experts", "mlp": "ffn"}))
+    assert (found[0], found[2]) == (given[0], given[2])
+    assert found[1] == {
+        text.replace(".mlp.switch_mlp.", ".moe.experts.").replace(".mlp.", ".ffn.") for text in given[1]
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"proj": "high", "u": "v"}, "a.up_proj.up.weight"),
+        ({"a": "b", "up_proj": "a"}, "b.a.up.weight"),
+        ({"a.up_proj": "x.y.z"}, "x.y.z.up.weight"),
+        ({"weight": "kernel"}, "a.up_proj.up.kernel"),
+        ({"A": "b", ".": "-"}, "a.up_proj.up.weight"),
+    ],
+    ids=["not_within_a_component", "each_once", "several_components", "the_last", "no_such_name"],
+)
+def test_whole_components_of_names_are_renamed(change: dict[str, str], wanted: str) -> None:
+    rules, _ = blocks.renamed(([Rule.of("a.up_proj.up.weight", "t", (1,))], []), hub=change)
+    (rule,) = rules
+    assert (rule.forms[0].source, rule.target) == ((wanted,), ("t",))
 
 
 V41_DROPS = {

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from support import sample
 
-from mla_tools.codecs import FORMATS, Bundle, Dense, MlxQuantized, Module, bundle, repacking
-from mla_tools.codecs.fp8 import claim
+from mla_tools.codecs import Bundle, Dense, MlxQuantized, Module, bundle, repacking
+from mla_tools.codecs.fp8 import SAMPLES, claim
 from mla_tools.codecs.fp8_block import MXFP8, Fp8Block
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
@@ -501,7 +501,7 @@ def test_encoding_loses_at_most_half_a_step(layout: Layout) -> None:
 
 # --- whole checkpoints -------------------------------------------------------------------------------
 
-NEW = [name for name in FORMATS if "fp8" in name and name != "fp8"]
+NEW = [name for name in SAMPLES if name != "fp8"]
 # (rows, columns) of a block of the samples
 BLOCKS = {
     "fp8": (128, 128),

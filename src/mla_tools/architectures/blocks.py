@@ -6,6 +6,7 @@ Axis letters: l layer, e expert.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ __all__ = [
     "mtp_layers",
     "norm",
     "param",
+    "renamed",
     "rotary_buffers",
     "router",
     "tied_embeddings",
@@ -77,6 +79,43 @@ def left_unquantized(rules: Iterable[Rule], *endings: str, raw: bool = False) ->
         else rule
         for rule in rules
     ]
+
+
+def renamed(
+    table: tuple[Iterable[Rule], Iterable[Drop]],
+    *,
+    hub: Mapping[str, str] | None = None,
+    model: Mapping[str, str] | None = None,
+) -> tuple[list[Rule], list[Drop]]:
+    """Return a table in which modules are called differently: in the checkpoints, in the model's class.
+
+    Keys and values are one or more whole components of names: {"o_proj": "out_proj"},
+    {"mlp.gate": "moe.router"}. Every form of a rule gets the hub's new names, and so does every drop.
+    """
+    rules, drops = table
+    theirs = [
+        replace(
+            rule,
+            target=_renamed(rule.target, model or {}),
+            forms=tuple(replace(form, source=_renamed(form.source, hub or {})) for form in rule.forms),
+        )
+        for rule in rules
+    ]
+    return theirs, [_renamed_drop(drop, hub or {}) for drop in drops]
+
+
+def _renamed_drop(drop: Drop, names: Mapping[str, str]) -> Drop:
+    (source,) = _renamed((drop.source,), names)
+    return replace(drop, source=source, marker=drop.marker and _renamed((drop.marker,), names)[0])
+
+
+def _renamed(texts: tuple[str, ...], names: Mapping[str, str]) -> tuple[str, ...]:
+    """Return templates in which whole components have other names, each replaced once."""
+    if not names:
+        return texts
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    known = re.compile(rf"(?<![^.])({longest_first})(?![^.])")
+    return tuple(known.sub(lambda found: names[found[0]], text) for text in texts)
 
 
 def embeddings(g: Geometry, words: str = "model.embed_tokens", ours: str | None = None) -> list[Rule]:
