@@ -353,7 +353,7 @@ def test_a_file_with_a_second_name_is_not_removed(out: Path, tmp_path: Path) -> 
     with Directory(out) as opened:
         for name in ("a", "b"):
             for harm in (opened.remove, lambda name: opened.rename(name, "c")):
-                with pytest.raises(MlaToolsError, match=f"{name} is a"):
+                with pytest.raises(MlaToolsError, match=f"{name} (is a link|has another name)"):
                     harm(name)
     assert sorted(path.name for path in out.iterdir()) == ["a", "b"]
 
