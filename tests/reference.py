@@ -547,7 +547,7 @@ class Logits:
 
 
 def model_type(config: Mapping[str, Any]) -> str:
-    """The model_type of a hub config; LongCat's, which has none, is told by its architecture."""
+    """The model_type of a hub config; LongCat's, which has none, is known by its architecture."""
     if "model_type" in config:
         return str(config["model_type"])
     if config["architectures"] == ["LongcatFlashForCausalLM"]:
@@ -980,7 +980,7 @@ def truth(folder: Path | str, cast: str | None = None) -> Logits:
     """The logits of a hub checkpoint: transformers, float32, eager attention, on the decoded weights.
 
     With cast ("bfloat16" or "float16") each decoded number is first rounded to that dtype, apart from
-    those in `KEPT`; the computation is in float32 all the same. It shows what the rounding of the weights
+    those in `KEPT`; the computation is in float32 anyway. It shows what the rounding of the weights
     alone does. All model*.safetensors files of the folder are read, in any order.
     """
     folder = Path(folder)

@@ -23,7 +23,7 @@ __all__ = ["CONFIG", "CONFIGS", "Torch", "reference", "relative", "renamed", "to
 Config = dict[str, Any]
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-# The keys of the hub's config.json. The list of ratios has one more, for the draft layer.
+# The keys of the hub's config.json. The list of ratios has one more, for the MTP layer.
 CONFIG: Config = {
     "model_type": "deepseek_v4",
     "architectures": ["DeepseekV4ForCausalLM"],

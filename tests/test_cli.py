@@ -112,7 +112,7 @@ def test_a_checkpoint_that_is_wrong_is_1(source: Path, tmp_path: Path, capsys: C
         assert "expert 8 is missing" in err
     assert main(["inspect", str(tmp_path)]) == 1
     assert "expert 8 is missing" in capsys.readouterr().out
-    # --long tells each problem by itself.
+    # --long lists every problem.
     assert main(["inspect", str(tmp_path), "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     for command in ("plan", "inspect"):

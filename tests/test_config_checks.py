@@ -1,4 +1,4 @@
-"""What config.json says is compared with the tensors, and where the two disagree it is said."""
+"""What config.json says is compared with the tensors, and disagreements are noted."""
 
 from __future__ import annotations
 

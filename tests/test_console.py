@@ -1,4 +1,4 @@
-"""The process of the command: closed streams, signals, strange surroundings, and errors nobody foresaw."""
+"""The process of the command: closed streams, signals, strange surroundings, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_an_interruption_is_told_as_json_too(
     assert (json.loads(out)["error"] if as_json else out) == (err.strip() if as_json else "")
 
 
-# --- what nobody foresaw -----------------------------------------------------------------------------
+# --- unexpected errors -------------------------------------------------------------------------------
 
 UNFORESEEN: dict[str, tuple[Exception, str]] = {
     "defect": (ZeroDivisionError("division by zero"), "itself failed (ZeroDivisionError: division by zero)"),
@@ -324,7 +324,7 @@ def test_strange_arguments_have_their_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flags", [[], ["--keep-mtp"]], ids=["plain", "drafts"])
+@pytest.mark.parametrize("flags", [[], ["--keep-mtp"]], ids=["plain", "mtp"])
 @pytest.mark.parametrize("path", [".", "", "../here/."], ids=["dot", "absolute", "through above"])
 def test_the_working_directory_may_be_the_output(
     path: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,8 +337,8 @@ def test_the_working_directory_may_be_the_output(
     out = path or str(here)
     assert main(["convert", "../source", "--mlx-path", out, "--resume", *flags]) == 0
     assert main(["verify", out]) == 0
-    drafts = [tmp_path / "here-mtp"] if flags else []
-    assert sorted(tmp_path.iterdir()) == sorted([here, tmp_path / "source", *drafts])
+    mtp = [tmp_path / "here-mtp"] if flags else []
+    assert sorted(tmp_path.iterdir()) == sorted([here, tmp_path / "source", *mtp])
 
 
 def test_paths_need_not_be_text(source: Path, tmp_path: Path) -> None:

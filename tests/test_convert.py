@@ -77,12 +77,12 @@ def test_memory_and_threads(agreeable: list[str], tmp_path: Path) -> None:
 
 
 def test_the_mtp_layers_are_a_model_of_their_own(agreeable: list[str], tmp_path: Path) -> None:
-    source, told = sample("deepseek_v4", "deepseek-v4"), []
-    done = convert(source, tmp_path / "out", keep_mtp=True, progress=told.append)
+    source, seen = sample("deepseek_v4", "deepseek-v4"), []
+    done = convert(source, tmp_path / "out", keep_mtp=True, progress=seen.append)
     assert [each.folder for each in done] == [tmp_path / "out", tmp_path / "out-mtp"]
     model, mtp = plan(source, keep_mtp=True)
     assert [each.plan.nbytes for each in done] == [model.nbytes, mtp.nbytes]
-    last = {now.folder: now for now in told}
+    last = {now.folder: now for now in seen}
     assert {folder: (now.done, now.total) for folder, now in last.items()} == {
         each.folder: (each.plan.nbytes, each.plan.nbytes) for each in done
     }
@@ -122,21 +122,21 @@ def with_config(folder: Path, **changes: object) -> Path:
 
 
 def test_progress_begins_with_nothing_and_ends_with_all_bytes(agreeable: list[str], tmp_path: Path) -> None:
-    told: list[Progress] = []
+    seen: list[Progress] = []
     threads = set()
 
     def progress(now: Progress) -> None:
-        told.append(now)
+        seen.append(now)
         threads.add(threading.current_thread())
 
     done = convert(sample("deepseek_v3"), tmp_path / "out", FOUR, progress=progress)
     total = done.model.plan.nbytes
-    assert told[0] == Progress(tmp_path / "out", 0, total)
-    assert told[-1] == Progress(tmp_path / "out", total, total)
-    steps = [now.done for now in told]
+    assert seen[0] == Progress(tmp_path / "out", 0, total)
+    assert seen[-1] == Progress(tmp_path / "out", total, total)
+    steps = [now.done for now in seen]
     assert steps == sorted(steps)
     assert len(steps) > 10
-    assert (told[0].share, told[-1].share) == (0, 1)
+    assert (seen[0].share, seen[-1].share) == (0, 1)
     assert threads == {threading.current_thread()}
 
 
@@ -152,9 +152,9 @@ def test_progress_of_a_resumed_conversion_begins_with_what_was_done(
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=halfway)
-    told: list[Progress] = []
-    done = convert(source, out, resume=True, progress=told.append)
-    assert 0 < told[0].done < told[-1].done == told[-1].total == done.model.plan.nbytes
+    seen: list[Progress] = []
+    done = convert(source, out, resume=True, progress=seen.append)
+    assert 0 < seen[0].done < seen[-1].done == seen[-1].total == done.model.plan.nbytes
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -313,10 +313,10 @@ def test_a_class_that_does_not_agree_ends_it(tmp_path: Path, monkeypatch: pytest
             pass
 
     monkeypatch.setattr("mla_tools.verify.ManifestCheck", Check)
-    told: list[Progress] = []
+    seen: list[Progress] = []
     with pytest.raises(MlaToolsError, match="another class"):
-        convert(sample("deepseek_v3"), tmp_path / "out", progress=told.append)
-    assert told[-1].done < told[-1].total
+        convert(sample("deepseek_v3"), tmp_path / "out", progress=seen.append)
+    assert seen[-1].done < seen[-1].total
     assert is_unfinished(tmp_path / "out")
 
 

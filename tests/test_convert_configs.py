@@ -1,4 +1,4 @@
-"""Configs that mlx-lm's classes read differently from transformers: made right, or refused for a reason."""
+"""Configs that mlx-lm's classes read differently from transformers: corrected, or refused for a reason."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def in_memory(name: str) -> str:
     return name.replace("language_model.", "") if "lm_head" in name else f"model.{name}"
 
 
-def test_the_prefix_may_be_spelled_as_transformers_does(tmp_path: Path) -> None:
+def test_the_prefix_may_be_written_as_transformers_does(tmp_path: Path) -> None:
     plans = []
     for name, rename in (("hub", None), ("memory", in_memory)):
         write_sample("mistral3", tmp_path / name)

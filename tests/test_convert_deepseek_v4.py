@@ -348,7 +348,7 @@ def test_a_plan_says_where_config_and_tensors_disagree(sources: Sources) -> None
     source, _ = sources("official", "plain")
     notes = planned(source, compress_ratios=[0, 0, 4, 128, 4, 128, 0, 0, 0]).notes
     ratios, narrowed = notes
-    assert ratios.startswith("compress_ratios in config.json has 9 numbers for 6 layers; the last 3 are")
+    assert ratios.startswith("compress_ratios in config.json has 9 numbers for 6 layers; the last 3 belong")
     assert "I64 and written as I32" in narrowed
     assert "3 x model.layers.{0..2}.ffn.gate.tid2eid" in narrowed
 

@@ -33,7 +33,7 @@ FLAGS: dict[str, tuple[list[str], dict[str, object]]] = {
         ["-q", "--q-bits", "8", "--q-group-size", "32"],
         {"quantize": True, "q_bits": 8, "q_group_size": 32},
     ),
-    # 128 divides some last axes and not others: those stay dense.
+    # 128 divides some last axes and not others: those stay unquantized.
     "affine_4_128": (["-q", "--q-group-size", "128"], {"quantize": True, "q_group_size": 128}),
     "affine_float16": (["-q", "--dtype", "float16"], {"quantize": True, "dtype": "float16"}),
     "mxfp4": (["-q", "--q-mode", "mxfp4"], {"quantize": True, "q_mode": "mxfp4"}),

@@ -1,4 +1,4 @@
-"""The draft layers of DeepSeek V4: dropped with a reason, or written for mlx-vlm's drafters."""
+"""The MTP layers of DeepSeek V4: dropped with a reason, or written for mlx-vlm's drafters."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ def test_they_are_dropped_with_a_reason_by_default(sample: Path) -> None:
 def test_an_mtp_layer_is_what_mlx_vlms_drafter_reads(sample: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["convert", str(sample), "--mlx-path", str(out), "--keep-mtp"]) == 0
-    drafts = tmp_path / "out-mtp"
+    mtp = tmp_path / "out-mtp"
     assert not any("decoder" in name for name in loaded(out))
-    model = load_model(drafts)
+    model = load_model(mtp)
     assert type(model).__name__ == "DeepseekV4MTPDraftModel"
-    held, made = load_file(sample / "model-00001-of-00001.safetensors"), loaded(drafts)
+    held, made = load_file(sample / "model-00001-of-00001.safetensors"), loaded(mtp)
     for theirs, ours in {"mtp.0.e_proj": "e_proj", "mtp.0.attn.wo_a": "decoder.attn.wo_a"}.items():
         codes = held[f"{theirs}.weight"].view(torch.uint8).numpy().reshape(-1)
         assert np.array_equal(np.array(made[f"{ours}.weight"].view(mx.uint8)).reshape(-1), codes)
     experts = np.stack([held[f"mtp.0.ffn.experts.{e}.w2.weight"].view(torch.uint8).numpy() for e in range(8)])
     made_experts = np.array(made["decoder.ffn.switch_mlp.down_proj.weight"].view(mx.uint8))
     assert np.array_equal(made_experts, experts)
-    assert json.loads((drafts / "config.json").read_text())["block_size"] == 2
+    assert json.loads((mtp / "config.json").read_text())["block_size"] == 2
 
 
 def test_stages_of_dspark_are_what_mlx_vlms_drafter_reads(sample: Path, tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_stages_of_dspark_are_what_mlx_vlms_drafter_reads(sample: Path, tmp_path
     assert type(model).__name__ == "DeepseekV4DsparkDraftModel"
     assert len(model.stages) == 3
     assert model.config.target_layer_ids == [1, 2, 3]
-    drafts = make_mtp_plan(open_checkpoint(source), Options())
-    assert [drop.source.name for drop in drafts.drops] == ["mtp.2.confidence_head.proj.weight"]
+    mtp = make_mtp_plan(open_checkpoint(source), Options())
+    assert [drop.source.name for drop in mtp.drops] == ["mtp.2.confidence_head.proj.weight"]
 
 
 def test_a_config_that_does_not_say_how_stages_draft_is_refused(sample: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def without(found: Checkpoint, *beginnings: str) -> Checkpoint:
     return replace(found, tensors=held)
 
 
-def test_a_missing_tensor_of_a_draft_layer_is_missed(sample: Path) -> None:
+def test_a_missing_tensor_of_an_mtp_layer_is_missed(sample: Path) -> None:
     found = open_checkpoint(sample)
     with pytest.raises(CheckpointError, match=r"decoder\.ffn\.switch_mlp\.up_proj: expert 3 is missing"):
         make_mtp_plan(without(found, "mtp.0.ffn.experts.3.w3."), Options())
@@ -128,7 +128,7 @@ def test_layers_that_no_drafter_reads_are_refused(sample: Path) -> None:
         make_mtp_plan(replace(found, tensors={**found.tensors, **second}), Options())
 
 
-def test_no_draft_layers_to_keep_is_said_before_anything_is_written(sample: Path, tmp_path: Path) -> None:
+def test_no_mtp_layers_to_keep_is_said_before_anything_is_written(sample: Path, tmp_path: Path) -> None:
     found = open_checkpoint(sample)
     odd = {"mtp.norm.weight": found.tensors["norm.weight"]}
     with pytest.raises(UsageError, match=r"no MTP layers here"):
@@ -151,7 +151,7 @@ def test_both_folders_must_be_free(sample: Path, tmp_path: Path) -> None:
     [("deepseek_v4_flash", {}, 32, 0), ("deepseek_v4_flash_0731", DSPARK, 80, 1)],
     ids=["mtp", "dspark"],
 )
-def test_the_drafts_of_real_checkpoints_are_complete(
+def test_the_mtp_layers_of_real_checkpoints_are_complete(
     listing: str, keys: dict[str, Any], tensors: int, dropped: int
 ) -> None:
     found = checkpoint(listing)
@@ -163,7 +163,7 @@ def test_the_drafts_of_real_checkpoints_are_complete(
     assert sorted(used) == sorted(name for name in found.tensors if name.startswith("mtp."))
 
 
-def test_the_source_is_checked_once_for_model_and_drafts(
+def test_the_source_is_checked_once_for_model_and_mtp(
     sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = []

@@ -141,7 +141,7 @@ def test_the_plan_says_what_is_kept_what_is_decoded_and_why(fmt: str, sample: Sa
     held = len(list(stacks(made)))
     words = [t.exactness for step in made.steps for t in step.targets]
     assert kept.startswith(f"nvfp4 with a global scale: {held} tensors of experts keep")
-    assert "on a GPU only" in kept
+    assert "only on a GPU" in kept
     assert lost.startswith(f"nvfp4 with a global scale: {words.count('decoded')} tensors decoded to floats")
     assert words.count("repacked") == held
 
@@ -235,7 +235,7 @@ def test_sanitize_gives_the_arrays_that_convert_writes(
     source = sample(family, fmt)
     config = json.loads((source / "config.json").read_text())
     convert(source, tmp_path / "out", "--embed-q", "float", "--dtype", "bfloat16")
-    # mx.load gives E4M3 scales as bytes, by which they cannot be told from E8M0: the dtype is lost.
+    # mx.load gives E4M3 scales as bytes, by which they cannot be distinguished from E8M0: the dtype is lost.
     made = mla_tools.sanitize(loaded(source), config, embed_q="float")
     wanted = loaded(tmp_path / "out")
     assert made.keys() == wanted.keys()
@@ -308,7 +308,7 @@ def test_an_index_without_the_scales_loses_nothing(sample: Sample, tmp_path: Pat
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if not k.endswith(scales)}
     path.write_text(json.dumps(index))
     plan = convert(tmp_path / "source", tmp_path / "out")
-    assert any("holds tensors that the index does not name, taken" in note for note in plan.notes)
+    assert any("holds tensors that the index does not name; they are used" in note for note in plan.notes)
     for file in sorted((tmp_path / "whole").iterdir()):
         if file.name == "mla_tools.json":  # holds the notes, and this one is among them
             continue

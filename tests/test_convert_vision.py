@@ -1,4 +1,4 @@
-"""--keep-vision: what serves images is copied bit for bit, and the language model is as without it."""
+"""--keep-vision: vision tensors are copied bit for bit, and the language model is as without it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def written(folder: Path) -> dict[str, mx.array]:
 
 
 def source_of(family: str, folder: Path, more: dict[str, mx.array], **config: Any) -> Path:
-    """Write a sample with the tensors in `more` in place of its own for images."""
+    """Write a sample with the tensors in `more` in place of its own vision tensors."""
     write_sample(family, folder)
     weights = {k: v for k, v in written(folder).items() if "language_model" in k or "lm_head" in k}
     for path in [*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"]:
@@ -68,50 +68,50 @@ def source_of(family: str, folder: Path, more: dict[str, mx.array], **config: An
 
 @pytest.mark.parametrize("flags", [[], ["-q"], ["--dtype", "float16"]], ids=" ".join)
 @pytest.mark.parametrize("family", MODULES)
-def test_images_are_copied_and_the_language_model_is_the_same(
+def test_vision_tensors_are_copied_and_the_language_model_is_the_same(
     family: str, flags: list[str], tmp_path: Path
 ) -> None:
-    images = {f"{module}.{name}": array for module in MODULES[family] for name, array in VISION.items()}
-    source = source_of(family, tmp_path / "source", images)
+    vision = {f"{module}.{name}": array for module in MODULES[family] for name, array in VISION.items()}
+    source = source_of(family, tmp_path / "source", vision)
     dropped = convert(source, tmp_path / "text", *flags)
     plan = convert(source, tmp_path / "both", *flags, "--keep-vision")
     text, both = written(tmp_path / "text"), written(tmp_path / "both")
-    assert {name: same(both[name], images[name]) for name in images} == dict.fromkeys(images, True)
-    assert both.keys() == text.keys() | images.keys()
+    assert {name: same(both[name], vision[name]) for name in vision} == dict.fromkeys(vision, True)
+    assert both.keys() == text.keys() | vision.keys()
     assert {name: same(both[name], text[name]) for name in text} == dict.fromkeys(text, True)
-    assert {drop.source.name for drop in dropped.drops} == set(images)
+    assert {drop.source.name for drop in dropped.drops} == set(vision)
     assert plan.drops == ()
     config = json.loads((tmp_path / "both" / "config.json").read_text())
     assert config.pop("vision_config") == VISION_CONFIG
     assert config == json.loads((tmp_path / "text" / "config.json").read_text())
     whole = family not in ("kimi_vl", "mistral3")
-    reads = "mlx-vlm loads all of it" if whole else "mlx-vlm 0.7.10 does not load it"
-    assert reads in kept_note(plan)
+    reads = "mlx-vlm loads the whole model" if whole else "mlx-vlm 0.7.10 cannot load this output"
+    assert reads in vision_note(plan)
     # What the plan says: mlx_lm.load opens it strictly, and has the language model.
     for folder in ("text", "both"):
         model, _ = load_model(tmp_path / folder)
         assert dict(tree_flatten(model.parameters())).keys() == text.keys()
 
 
-def kept_note(plan: Plan) -> str:
-    (note,) = [note for note in plan.notes if note.startswith("kept as they are")]
+def vision_note(plan: Plan) -> str:
+    (note,) = [note for note in plan.notes if note.startswith("copied unchanged")]
     return note
 
 
-def test_images_in_the_names_of_transformers_get_those_of_the_hub(tmp_path: Path) -> None:
-    images = {f"model.vision_tower.{name}": array for name, array in VISION.items()}
-    source = source_of("mistral3", tmp_path / "source", images)
+def test_vision_tensors_in_the_names_of_transformers_get_those_of_the_hub(tmp_path: Path) -> None:
+    vision = {f"model.vision_tower.{name}": array for name, array in VISION.items()}
+    source = source_of("mistral3", tmp_path / "source", vision)
     convert(source, tmp_path / "out", "--keep-vision")
     found = written(tmp_path / "out")
     for name, array in VISION.items():
         assert same(found[f"vision_tower.{name}"], array), name
 
 
-def test_one_tensor_for_images_in_two_spellings_is_refused(
+def test_one_vision_tensor_under_two_names_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = {f"{place}vision_tower.scale": VISION["scale"] for place in ("", "model.")}
-    source = source_of("mistral3", tmp_path / "source", images)
+    vision = {f"{place}vision_tower.scale": VISION["scale"] for place in ("", "model.")}
+    source = source_of("mistral3", tmp_path / "source", vision)
     assert main(["plan", str(source), "--keep-vision"]) == 1
     assert "vision_tower.scale: duplicate" in capsys.readouterr().err
 
@@ -121,28 +121,28 @@ def test_one_tensor_for_images_in_two_spellings_is_refused(
 def test_quantized_images_keep_their_entry(flags: list[str], own: bool, tmp_path: Path) -> None:
     name = "vision_tower.encoder.blocks.0.wqkv"
     packed, scales, biases = mx.quantize(normal(24, 128), group_size=32 if own else 64)
-    images = {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
+    vision = {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
     entry = {"group_size": 32 if own else 64, "bits": 4, "mode": "affine"}
     section: dict[str, Any] = {"group_size": 64, "bits": 4} | ({name: entry} if own else {})
-    source = source_of("kimi_k25", tmp_path / "source", images, quantization=section)
+    source = source_of("kimi_k25", tmp_path / "source", vision, quantization=section)
     convert(source, tmp_path / "out", *flags, "--keep-vision")
     found = written(tmp_path / "out")
-    assert {part: same(found[part], images[part]) for part in images} == dict.fromkeys(images, True)
+    assert {part: same(found[part], vision[part]) for part in vision} == dict.fromkeys(vision, True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"][name] == entry
     load_model(tmp_path / "out")
 
 
 def test_a_checkpoint_of_mlx_with_its_images_is_copied(tmp_path: Path) -> None:
-    images = {f"vision_tower.{name}": array for name, array in VISION.items()}
-    source = source_of("kimi_k25", tmp_path / "source", images)
+    vision = {f"vision_tower.{name}": array for name, array in VISION.items()}
+    source = source_of("kimi_k25", tmp_path / "source", vision)
     convert(source, tmp_path / "first", "-q", "--keep-vision")
     plan = convert(tmp_path / "first", tmp_path / "second", "--keep-vision")
     assert {target.exactness for step in plan.steps for target in step.targets} == {"copied"}
     assert plan.config_changes == ()
 
 
-def test_fp8_images_are_decoded(tmp_path: Path) -> None:
+def test_fp8_vision_tensors_are_decoded(tmp_path: Path) -> None:
     name = "vision_tower.encoder.blocks.0.wo"
     source = source_of("kimi_k25", tmp_path / "source", {})
     weights = load_file(source / "model.safetensors")

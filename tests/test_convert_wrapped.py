@@ -35,8 +35,8 @@ VISION = {
 }
 
 
-def images(family: str) -> dict[str, tuple[int, ...]]:
-    """Return the tensors for images, with their shapes."""
+def vision_tensors(family: str) -> dict[str, tuple[int, ...]]:
+    """Return the vision tensors, with their shapes."""
     projector = FAMILIES[family][2]
     return VISION | {
         f"{projector}.{module}.{part}": shape
@@ -46,7 +46,7 @@ def images(family: str) -> dict[str, tuple[int, ...]]:
 
 
 def wrap(family: str, source: Path, folder: Path) -> Path:
-    """Write a checkpoint as the language model of a family with images."""
+    """Write a checkpoint as the language model of a family with vision tensors."""
     folder.mkdir()
     numbers = json.loads((source / "config.json").read_text())
     config = {
@@ -61,8 +61,8 @@ def wrap(family: str, source: Path, folder: Path) -> Path:
     for file in files:
         held = {f"language_model.{name}": tensor for name, tensor in load_file(file).items()}
         save_file(held, folder / file.name, metadata={"format": "pt"})
-    ones = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in images(family).items()}
-    save_file(ones, folder / "model-images.safetensors", metadata={"format": "pt"})
+    ones = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in vision_tensors(family).items()}
+    save_file(ones, folder / "model-vision.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -76,7 +76,7 @@ def test_the_logits_are_those_of_the_language_model(
     source = wrap(family, checkpoint(inner, storage), tmp_path / "source")
     plan = convert(source, tmp_path / "out", "--dtype", dtype)
     left_out = [drop.source.name for drop in plan.drops if drop.reason.startswith("vision ")]
-    assert sorted(left_out) == sorted(images(family))
+    assert sorted(left_out) == sorted(vision_tensors(family))
     wanted = reference_truth(inner, storage, None if dtype == "float32" else dtype)
     prefill, decode = relative_error(mlx_logits(tmp_path / "out", float32=True), wanted)
     assert prefill <= TOLERANCE

@@ -13,7 +13,7 @@ from support import contents
 from mla_tools.distributed import Alone, launched, shares
 from mla_tools.samples import write_sample
 
-# The command with small files and checkpoints; rank 1 may be told to die when it has done some tensors.
+# The command with small files and checkpoints; rank 1 may be made to die when it has done some tensors.
 SCRIPT = """
 import os, signal, sys
 from mla_tools.plan import files

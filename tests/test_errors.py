@@ -1,4 +1,4 @@
-"""Errors: what is wrong, told in few lines and without leaving anything out."""
+"""Errors: what is wrong, in few lines and without leaving anything out."""
 
 from __future__ import annotations
 
@@ -101,15 +101,15 @@ def test_what_follows_from_a_loss_is_not_told_by_itself(problem: Problem, follow
     cause = gone("l.1.up.weight_scale", "l.1.e.3.up.weight")
     error = CheckpointError([cause, problem])
     assert error.problems == (cause, problem)
-    told = (
+    cause = (
         "m-1-of-2.x: is gone\n  Get it.\n  lost with it: 2 stored tensors\n"
         "    l.1.e.3.up.weight\n    l.1.up.weight_scale"
     )
     if follows:
         verb = "follows" if problem.cause.startswith(GONE) else "may follow"
-        assert str(error) == f"1 problem, and 1 that {verb} from it (--json lists them)\n\n{told}"
+        assert str(error) == f"1 problem, and 1 that {verb} from it (--json lists them)\n\n{cause}"
     else:
-        assert str(error) == f"2 problems\n\n{told}\n\n{problem}"
+        assert str(error) == f"2 problems\n\n{cause}\n\n{problem}"
     assert str(error.in_full()) == f"2 problems\n\n{cause}\n\n{problem}"
 
 

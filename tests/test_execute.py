@@ -1,4 +1,4 @@
-"""From a plan to files: the same bytes however it is cut, and a folder to go on with when it fails."""
+"""From a plan to files: the same bytes however it is cut, and a folder to resume when it fails."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def slabs_of(elements: int, threads: int = 2) -> Workload:
 
 
 def go_on(source: Path, out: Path, tmp_path: Path) -> None:
-    """Go on with an unfinished folder, and compare with one that was never interrupted."""
+    """Resume an unfinished folder, and compare with one that was never interrupted."""
     assert is_visibly_unfinished(out)
     made = make_plan(open_checkpoint(source), Options())
     with pytest.raises(MlaToolsError, match="is an unfinished output: finish it with --resume"):

@@ -1,4 +1,4 @@
-"""A file that is missing, in every format: told once and in a few lines, and what follows is counted."""
+"""A file that is missing, in every format: reported once and in a few lines, and what follows is counted."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The cells come from the two registries: the families of tests/reference.py, which transformers has a model
 for, with two of them beside a vision encoder, and the formats that a sample can be written in. A new one
-joins by itself. Truth is transformers in
+joins automatically. Truth is transformers in
 float32 on the decoded weights; that each codec decodes to the right numbers is shown in tests/codecs,
 against implementations of others.
 
@@ -37,10 +37,10 @@ from mla_tools.samples import write_checkpoint
 from mla_tools.spec import DType
 
 TOLERANCE = 1e-5
-# The families whose language model is one of the others, under a name of its own and beside images.
+# The families whose language model is one of the others, under another name and beside vision tensors.
 WRAPPED = {"kimi_k25": "kimi_k2", "kimi_vl": "deepseek_v3"}
 COLUMNS = [*FAMILIES, *WRAPPED]
-# And that the two agree with each other, beside images too.
+# And that the two agree with each other, beside vision tensors too.
 PAIRS = pairs(COLUMNS, FORMATS, [*PUBLISHED, ("deepseek_v3", "deepseek-v4"), ("kimi_vl", "fp8")])
 CELLS = product(COLUMNS, FORMATS, PAIRS)
 

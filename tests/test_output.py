@@ -1,4 +1,4 @@
-"""Output folders: complete or visibly unfinished, and gone on with to the same bytes after anything."""
+"""Output folders: complete or visibly unfinished, and resumed to the same bytes after anything."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_another_plan_is_told_with_all_that_differs(
     assert digests(out) == before
 
 
-def test_another_source_and_another_version_are_told(
+def test_another_source_and_another_version_are_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, out = tmp_path / source.name, tmp_path / "out"
@@ -395,7 +395,7 @@ def test_a_complete_folder_that_was_damaged_is_not_called_complete(
 
 @pytest.mark.parametrize("damage", ["gone", "shorter", "another"])
 @pytest.mark.parametrize("share", [0.5, 2], ids=["begun", "sealed"])
-def test_a_damaged_temporary_file_is_told(
+def test_a_damaged_temporary_file_is_reported(
     share: float, damage: str, plan: Plan, wanted: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -686,7 +686,7 @@ def test_it_goes_on_from_every_call_that_changes_the_disk(
 # Tells of each call that changes the disk just before it is made.
 TALKING = """
 import os, pathlib, sys
-def told(call):
+def logged(call):
     def telling(*args, **kwargs):
         if args[0] != PIPE:
             write(PIPE, b".")
@@ -695,7 +695,7 @@ def told(call):
 PIPE, write = int(sys.argv.pop(1)), os.write
 for owner, names in ((os, "write pwrite ftruncate fsync rename unlink"), (pathlib.Path, "mkdir")):
     for name in names.split():
-        setattr(owner, name, told(getattr(owner, name)))
+        setattr(owner, name, logged(getattr(owner, name)))
 """
 
 
@@ -845,8 +845,8 @@ def test_a_folder_of_the_hubs_cache_is_named_as_the_repository_and_its_commit(
 ) -> None:
     place = tmp_path / "models--org--name" / "snapshots" / "abc123"
     shutil.copytree(source, place)
-    told = provenance(planned(place), "cpu")["source"]
-    assert (told["name"], told["revision"]) == ("hf://org/name", "abc123")
+    source = provenance(planned(place), "cpu")["source"]
+    assert (source["name"], source["revision"]) == ("hf://org/name", "abc123")
 
 
 # --- what is said at the end -----------------------------------------------------------------------------

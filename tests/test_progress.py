@@ -17,7 +17,7 @@ GB = 10**9
 
 
 class Clock:
-    """A time that passes when it is told to."""
+    """A time that passes on request."""
 
     now = 1000.0
 

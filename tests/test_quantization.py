@@ -445,7 +445,7 @@ def test_a_path_without_a_layer_number_counts_as_index_0() -> None:
 @pytest.mark.parametrize(
     ("recipe", "group_size", "text"),
     [
-        ("mixed_2_8", 64, "recipe 'mixed_2_8' does not exist; the recipes are mixed_2_6, mixed_3_4,"),
+        ("mixed_2_8", 64, "predicate 'mixed_2_8' does not exist; the predicates are mixed_2_6, mixed_3_4,"),
         ("mixed_2_6", 48, "affine quantization has no group size 48"),
     ],
 )

@@ -166,7 +166,7 @@ def test_names_that_no_rule_names_are_not_found(tensor: str) -> None:
     assert Table([experts()]).lookup(tensor) is None
 
 
-def test_two_spellings_of_a_number_are_not_one_tensor() -> None:
+def test_two_ways_to_write_a_number_are_not_one_tensor() -> None:
     table = Table([rule("layers.{l}.w", l=range(3))])
     found = [spelt for spelt in ("1", "01", "001", "\u0661") if table.lookup(f"layers.{spelt}.w")]
     assert found == ["1"]

@@ -150,7 +150,7 @@ def test_transformers_reads_back_every_text(text: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    # A byte is its own number, so this needs no vocabulary to be told.
+    # A byte is its own number, so this needs no vocabulary.
     assert tokens == list(text.encode())
     assert tokenizer.decode(tokens) == text
 

@@ -505,14 +505,14 @@ def test_a_child_that_comes_to_no_answer_says_nothing_about_the_model(
     assert unasked().startswith(f"{why}. The model may be right")
 
 
-def test_a_child_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_child_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
     with pytest.raises(MlaToolsError) as caught:
         ManifestCheck({"model_type": "deepseek_v3"}, {})
     assert str(caught.value).startswith(f"{UNASKED}its process cannot be started (No such file or directory)")
 
 
-def test_where_there_is_no_mlx_lm_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_there_is_no_mlx_lm_it_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mlx_lm").mkdir()
     (tmp_path / "mlx_lm" / "__init__.py").touch()
     path = [str(tmp_path), *asking.child_path()]

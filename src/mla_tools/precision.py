@@ -1,7 +1,7 @@
 """How much of K is lost when its packed rows are decoded, transposed and encoded again.
 
 The figures are root mean squares over the norm of K, for normally distributed weights; benchmarks/embed_q.py
-measures them. Real weights are near to normal, so the figures tell choices apart and promise no digits.
+measures them. Real weights are near to normal, so the figures compare choices and are not exact.
 """
 
 from __future__ import annotations

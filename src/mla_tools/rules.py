@@ -23,7 +23,7 @@ from mla_tools.spec import DType, Spec
 
 __all__ = ["HUB", "MLX", "Drop", "Form", "Param", "Route", "Rule", "Shape", "combinations"]
 
-# The layouts that every family has: what mlx-lm's class declares, and what the hub's checkpoints hold.
+# The layouts that every family has: what mlx-lm's model class declares, and what the hub's checkpoints hold.
 MLX = "mlx"
 HUB = "hub"
 

@@ -154,7 +154,7 @@ def test_the_widths_that_a_class_prescribes_are_those_of_the_table(family: str) 
 
 
 @each_family
-def test_what_a_class_leaves_dense_is_what_the_table_says(family: str) -> None:
+def test_what_a_class_leaves_unquantized_is_what_the_table_says(family: str) -> None:
     model = model_of(family)
     predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
     modules = [pair for pair in model.named_modules() if hasattr(pair[1], "to_quantized")]
@@ -271,7 +271,7 @@ def test_rotary_buffers_are_dropped(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["kimi_k25", "kimi_k3"])
-def test_the_image_encoder_of_the_kimi_models_is_dropped_by_name(family: str) -> None:
+def test_the_vision_encoder_of_the_kimi_models_is_dropped_by_name(family: str) -> None:
     _, table = table_of(sample_config(family))
     tower = ("encoder.blocks.26.mlp.fc1.bias", "encoder.final_layernorm.weight", "patch_embed.pos_emb.weight")
     for name in (*(f"vision_tower.{name}" for name in tower), "mm_projector.proj.2.bias"):

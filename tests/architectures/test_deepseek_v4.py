@@ -1,4 +1,4 @@
-"""The table of DeepSeek V4: every spelling makes what the class declares, whatever the sizes."""
+"""The table of DeepSeek V4: every layout makes what the class declares, whatever the sizes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_targets_are_the_parameters_of_the_class(config: dict[str, Any]) -> 
 
 @settings(max_examples=40, deadline=None)
 @given(configs())
-def test_every_spelling_makes_the_shape_of_its_target(config: dict[str, Any]) -> None:
+def test_every_layout_makes_the_shape_of_its_target(config: dict[str, Any]) -> None:
     _, table = table_of(config)
     known = table.targets()
     for rule in table.routes:
@@ -73,7 +73,7 @@ def dense() -> dict[str, Spec]:
     return {name: Spec(tuple(map(int, shape)), DType.BF16) for name, (shape, _) in targets.items()}
 
 
-SPELLINGS = {
+NAMES = {
     "language_model.model.layers.1.attn.compressor.ape": "model.layers.1.attn.compressor.ape",
     "model.layers.1.self_attn.compressor.indexer.position_bias": "model.layers.1.attn.indexer.compressor.ape",
     "layers.1.hc_ffn.scale": "model.layers.1.ffn_hc.scale",
@@ -88,15 +88,15 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_single_name_of_another_layout_is_understood(spelling: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_name_of_another_layout_is_understood(name: str) -> None:
     held = dense()
-    held[spelling] = held.pop(SPELLINGS[spelling])
+    held[name] = held.pop(NAMES[name])
     made = make_steps(held, SAMPLE, Options())
     assert made.problems == ()
-    (step,) = (step for step in made.steps if step.sources[0].name == spelling)
-    assert step.targets[0].name == SPELLINGS[spelling]
-    assert step.targets[0].spec.shape == held[spelling].shape
+    (step,) = (step for step in made.steps if step.sources[0].name == name)
+    assert step.targets[0].name == NAMES[name]
+    assert step.targets[0].spec.shape == held[name].shape
 
 
 @pytest.mark.parametrize("quantize", [None, QuantSpec("affine", 8, 32)], ids=["as it is", "-q"])

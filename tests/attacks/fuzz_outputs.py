@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["mla_tools"]):
 from attacks.outputs import bench, check
 from attacks.running import run
 
-# libFuzzer finds out by itself which choices lead to new code.
+# libFuzzer finds out which choices lead to new code.
 CORPUS = [random.Random(number).randbytes(96) for number in range(64)]
 
 

@@ -21,7 +21,7 @@ with atheris.instrument_imports(include=["mla_tools"]):
 from attacks.mutations import OPTIONS, SEEDS, check, mutated, seed
 from attacks.running import run
 
-# libFuzzer finds out by itself which choices lead to new code.
+# libFuzzer finds out which choices lead to new code.
 CORPUS = [random.Random(number).randbytes(64) for number in range(4 * len(SEEDS))]
 
 

@@ -217,7 +217,7 @@ def _moments(plan: Plan, out: Path, **flags: bool) -> list[Files]:
     """Convert, and return what the folder holds before each call that changes the disk."""
     moments: list[Files] = []
 
-    def told(call: Callable[..., Any]) -> Callable[..., Any]:
+    def logged(call: Callable[..., Any]) -> Callable[..., Any]:
         def telling(*args: Any, **kwargs: Any) -> Any:
             if out.is_dir():
                 moments.append(_files(out))
@@ -227,7 +227,7 @@ def _moments(plan: Plan, out: Path, **flags: bool) -> list[Files]:
 
     with ExitStack() as stack:
         for name in ("write", "ftruncate", "fsync", "rename", "unlink"):
-            stack.enter_context(patch.object(os, name, told(getattr(os, name))))
+            stack.enter_context(patch.object(os, name, logged(getattr(os, name))))
         for module in (executing, writing):
             stack.enter_context(patch.object(module, "ThreadPoolExecutor", _AtOnce))
         stack.enter_context(patch.object(writing, "CHECKPOINT_BYTES", CHECKPOINT_BYTES))

@@ -465,7 +465,7 @@ def test_code_of_a_checkpoint_never_runs(
     assert (out / "tokenization_evil.py").read_text() == code
 
 
-def test_a_companion_that_is_a_link_out_of_the_folder_is_told(
+def test_a_companion_that_is_a_link_out_of_the_folder_is_reported(
     sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"

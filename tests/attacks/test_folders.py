@@ -1,4 +1,4 @@
-"""Hostile and broken checkpoint folders: all that is wrong is told at once, and nothing leads out of them."""
+"""Hostile and broken checkpoint folders: all problems are reported at once, and nothing leads out of them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_folder_of_adapters_is_no_model(tmp_path: Path) -> None:
     assert "give the folder of the model" in str(caught.value)
 
 
-def test_what_is_no_folder_is_told(tmp_path: Path) -> None:
+def test_what_is_no_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for name, text in {

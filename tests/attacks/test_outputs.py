@@ -132,7 +132,7 @@ def test_a_link_to_somebody_elses_file_is_refused_by_its_name(
         assert seen(others) == before, name
         said = capsys.readouterr().err
         if flags == "resume" and state == "finished" and "journal" not in name and code == 0:
-            # Complete, by its record and its sizes; verify tells what else lies there.
+            # Complete, by its record and its sizes; verify lists the other files.
             assert name.endswith(".partial") or kind == "hard link"
             continue
         assert code == 1, (name, said)
@@ -239,7 +239,7 @@ def test_a_file_that_comes_while_the_old_ones_go_stays(
     assert path.read_text() == "mine"
     monkeypatch.setattr(Directory, "remove", remove)
     if way == "new":
-        # It is nobody's fault twice: the same command says so again, and goes on once it is away.
+        # It is nobody's fault twice: the same command says so again, and continues once it is away.
         assert run(out, "--overwrite") == 1
         assert path.read_text() == "mine"
         assert "thesis.txt" in capsys.readouterr().err
@@ -353,7 +353,7 @@ def test_a_file_with_a_second_name_is_not_removed(out: Path, tmp_path: Path) -> 
     with Directory(out) as opened:
         for name in ("a", "b"):
             for harm in (opened.remove, lambda name: opened.rename(name, "c")):
-                with pytest.raises(MlaToolsError, match=f"{name} is a"):
+                with pytest.raises(MlaToolsError, match=f"{name} (is a link|has another name)"):
                     harm(name)
     assert sorted(path.name for path in out.iterdir()) == ["a", "b"]
 

@@ -1,4 +1,4 @@
-"""Checkpoints and options that cannot be converted: one run tells everything, and nothing is written."""
+"""Checkpoints and options that cannot be converted: one run reports everything, and nothing is written."""
 
 from __future__ import annotations
 
@@ -159,20 +159,20 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         assert main([*argv, "--json", *(["--resume"] if begun else [])]) == code
         again = capsys.readouterr()
         assert again.err == said.err
-        told = json.loads(again.out)
+        values = json.loads(again.out)
         again_only = f"{out} is unfinished, and --resume would fail again: start again with --overwrite\n"
         advice = again_only if begun else ""
-        assert said.err == f"error: {told['error']}\n{advice}"
+        assert said.err == f"error: {values['error']}\n{advice}"
         assert "Traceback" not in said.err
         if begun:
             made = {path.suffix for path in out.iterdir()}
             assert made <= {".partial", ".jsonl"}
         else:
             assert not out.exists()
-        assert code != 1 or len(told["problems"]) == count(said.err)
-        for problem in told["problems"]:
+        assert code != 1 or len(values["problems"]) == count(said.err)
+        for problem in values["problems"]:
             assert problem.keys() == {"subject", "what", "needed", "found", "cause", "reason", "lost"}
-        return Refused(said.err, told["problems"])
+        return Refused(said.err, values["problems"])
 
     def count(message: str) -> int:
         found = re.match(r"error: (\d+) problems?(?:, and ([\d,]+) that (?:may )?follow)?", message)

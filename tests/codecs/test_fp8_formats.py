@@ -664,7 +664,7 @@ def test_by_default_only_bfloat16_rounds(family: str, fmt: str, tmp_path: Path) 
     assert got.keys() == wanted.keys()
     for name, values in wanted.items():
         if "embed_q" in name and fmt in MXFP8_SAMPLES:
-            # 8 bits in groups of 32, which is what --embed-q says by itself.
+            # 8 bits in groups of 32, which is the default of --embed-q.
             scale = np.abs(values).reshape(-1, 32).max(-1, keepdims=True)
             assert (np.abs(got[name] - values).reshape(-1, 32) <= scale / 50).all(), name
         elif name.endswith("e_score_correction_bias"):

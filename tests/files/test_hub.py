@@ -242,7 +242,7 @@ def test_a_timeout_has_bounds(timeout: int, fresh: None, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe", "hf_\xe9".encode()], ids=["folder", "bytes", "latin"])
-def test_a_bad_token_file_is_told(
+def test_a_bad_token_file_is_reported(
     content: bytes | None, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "token"

@@ -166,17 +166,17 @@ def test_headers_are_read_side_by_side(sample: Path) -> None:
 def assert_same_but_for_the_source(found: Path, wanted: Path) -> None:
     """Compare two outputs byte for byte; of the record, all but what it says of the place of the source."""
     made = [files_of(folder) for folder in (found, wanted)]
-    record, told = (json.loads(files.pop(RECORD)) for files in made)
+    record, other = (json.loads(files.pop(RECORD)) for files in made)
     assert made[0] == made[1]
-    assert record.pop("sha256") != told.pop("sha256")  # of the rest
+    assert record.pop("sha256") != other.pop("sha256")  # of the rest
     place = record["source"].pop("name"), record["source"].pop("revision")
     assert place[0] == f"hf://{NAME}"
     assert len(place[1]) == 40
-    del told["source"]["name"], told["source"]["revision"]
+    del other["source"]["name"], other["source"]["revision"]
     tags = [file.pop("hub_hash") for file in record["source"]["files"].values()]
     assert all(tags)
-    assert not any(file.pop("hub_hash") for file in told["source"]["files"].values())
-    assert record == told
+    assert not any(file.pop("hub_hash") for file in other["source"]["files"].values())
+    assert record == other
 
 
 @pytest.mark.parametrize("cdn", [False, True], ids=["hub", "cdn"])
@@ -457,7 +457,7 @@ def test_an_interrupted_conversion_does_not_wait_for_a_busy_hub(sample: Path, tm
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".jsonl"]
 
 
-def test_a_hub_that_is_not_there_is_told(hub: Hub) -> None:
+def test_a_hub_that_is_not_there_is_reported(hub: Hub) -> None:
     waits: list[float] = []
     with pytest.raises(MlaToolsError, match=r"org/name cannot be read: http://127.0.0.1:1 cannot be reached"):
         open_repository(NAME, endpoint="http://127.0.0.1:1", sleep=waits.append)
@@ -797,14 +797,14 @@ def listing(*siblings: dict[str, Any]) -> bytes:
 
 
 @pytest.mark.parametrize(("fault", "text"), LISTINGS)
-def test_a_repository_that_cannot_be_listed_is_told(hub: Hub, fault: Any, text: str) -> None:
+def test_a_repository_that_cannot_be_listed_is_reported(hub: Hub, fault: Any, text: str) -> None:
     hub.listing = fault
     with pytest.raises(MlaToolsError, match=re.compile(text, re.MULTILINE)) as caught:
         opened(hub, revision="v9")
     assert str(caught.value).replace("\n", "").isprintable()
 
 
-def test_a_name_that_is_listed_twice_is_told(hub: Hub) -> None:
+def test_a_name_that_is_listed_twice_is_a_duplicate(hub: Hub) -> None:
     items = [{"rfilename": name, "size": 1} for name in ("a.json", "A.json", "b.json", "a.json")]
     hub.listing = lambda call: call.answer(200, listing(*items))
     with pytest.raises(CheckpointError, match=r"a.json: is a duplicate in org/name") as caught:
@@ -1028,7 +1028,7 @@ def test_two_revisions_are_wrong_usage(served: Hub, capsys: pytest.CaptureFixtur
         ("org/other", "org/other: no such folder, and org/other: there is no such repository"),
     ],
 )
-def test_what_is_no_repository_is_told(
+def test_what_is_no_repository_is_reported(
     source: str, text: str, served: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["inspect", source]) == 1

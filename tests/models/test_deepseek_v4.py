@@ -158,7 +158,7 @@ def test_a_batch_of_different_lengths_as_mlx_lm_generates_it(model: Model, sourc
         assert len(written[uid]) == new[length]
         found = np.stack(scored[uid])
         assert relative(found, log_softmax(expected[length - 1 : len(ids) - 1])) < TOLERANCE
-        # The cache that comes back with the last token goes on alone.
+        # The cache that comes back with the last token continues alone.
         seen = caches[uid][0].size()
         rest = [*ids, *tokens(30, seed=7)][seen:]
         assert relative(fed(model, rest, [len(rest)], caches[uid]), expected[seen:]) < TOLERANCE

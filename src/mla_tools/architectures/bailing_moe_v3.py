@@ -97,7 +97,7 @@ FAMILY = Family(
     "bailing_hybrid",
     "bailing_hybrid",
     build,
-    # mlx-lm's class takes 256 where the key is absent; such checkpoints have a q_proj.
+    # mlx-lm's model class takes 256 where the key is absent; such checkpoints have a q_proj.
     defaults={"q_lora_rank": None},
     architectures=(ARCHITECTURE,),
     rewrite=_rewrite,

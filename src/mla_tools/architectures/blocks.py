@@ -1,6 +1,6 @@
 """The pieces that the families share: MLA attention, experts, norms, embeddings, MTP layers.
 
-Names and shapes are those of the checkpoints on the hub (left) and of mlx-lm's classes (right).
+Names and shapes are those of the checkpoints on the hub (left) and of mlx-lm's model classes (right).
 Axis letters: l layer, e expert.
 """
 
@@ -40,7 +40,7 @@ Shape = tuple[int, ...]
 # The experts of every class of mlx-lm are SwitchLinear, in a SwitchGLU.
 EXPERT = Param(quantizable=True, global_scale=True)
 
-# The routers that mlx-lm's classes quantize at a width of their own, whatever the rest gets.
+# The routers that mlx-lm's model classes quantize at a width of their own, whatever the rest gets.
 ROUTER_SPEC = QuantSpec("affine", 8, 64)
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V2-Lite: mlx-lm's class keeps kv_b_proj whole; routers have no correction bias."""
+"""DeepSeek V2 and V2-Lite: mlx-lm's model class keeps kv_b_proj whole; routers have no correction bias."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """DeepSeek V4.1, the text model: a latent that some layers compress and index for those after them.
 
-The names are DeepSeek's own. Source: the released header listing, and the renaming in mlx-lm's class.
+The names are DeepSeek's own. Source: the released header listing, and the renaming in mlx-lm's model class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _THEIRS, _OURS = "layers.{l}", "model.layers.{l}"
 
 
 def kept(rules: Iterable[Rule]) -> list[Rule]:
-    """Return the rules of tensors whose dtype mlx-lm's class keeps."""
+    """Return the rules of tensors whose dtype mlx-lm's model class keeps."""
     return [replace(rule, param=replace(rule.param, cast=False)) for rule in rules]
 
 
@@ -118,7 +118,7 @@ def connections(g: Geometry, where: blocks.Where) -> list[Rule]:
 
 
 def other_drops(g: Geometry, layers: range) -> list[Drop]:
-    """Return the drops of what mlx-lm's class cannot run: vision tensors, engram memory, MTP layers."""
+    """Return the drops of what mlx-lm's model class cannot run: vision tensors, engram memory, MTP layers."""
     count = g.count("n_routed_experts")
     vision = "vision tensor, not part of mlx-lm's model class"
     engram = "engram memory, which mlx-lm's model class cannot run"

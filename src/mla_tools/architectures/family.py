@@ -1,4 +1,4 @@
-"""What an architecture is: its table, and what its config must say for mlx-lm's class."""
+"""What an architecture is: its table, and what its config must say for mlx-lm's model class."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Builder = Callable[[Geometry], tuple[list[Rule], list[Drop]]]
 class Family:
     """One architecture: its table, and what its config must say.
 
-    `model_type` names mlx-lm's class. `defaults` are keys that this class needs and that checkpoints
+    `model_type` names mlx-lm's model class. `defaults` are keys that this class needs and that checkpoints
     leave out, with the value that the reference implementation uses then. `architectures` recognise a
     config without a model_type. `float32` are the endings of the tensors that the hub's checkpoints store
     in F32.
 
     `section` is the key of config.json under which the language model's numbers stand in a multimodal
     config, and `inside` are the model_types that may stand there, none for any; with `flat` the numbers
-    may also stand at the top, as mlx-lm's class reads them without the section. `build`, `defaults`,
+    may also stand at the top, as mlx-lm's model class reads them without the section. `build`, `defaults`,
     `rewrite` and `refuse` all see that section. `rewrite` returns the keys that the
-    output's config must have instead, because mlx-lm's class reads them differently; without it,
+    output's config must have instead, because mlx-lm's model class reads them differently; without it,
     rope_parameters become rope_theta and rope_scaling. `refuse` returns what makes that class compute
     something else than the reference implementation, whatever the weights. `vision` says what
     can load an output with vision tensors. `runtime` is the module of `mla_tools.models` whose
@@ -103,7 +103,7 @@ class Family:
         }
 
     def refusals(self, config: Config) -> list[Problem]:
-        """Return what no conversion can make right in mlx-lm's class."""
+        """Return what no conversion can correct in mlx-lm's model class."""
         return self.refuse(self.numbers(config)) if self.refuse else []
 
     def remarked(self, config: Config) -> list[str]:
@@ -112,7 +112,7 @@ class Family:
 
 
 def refusal(what: str, *, needed: str = "", found: str = "", cause: str = "") -> Problem:
-    """Return the problem of a config that mlx-lm's class would compute wrongly."""
+    """Return the problem of a config that mlx-lm's model class would compute wrongly."""
     return Problem(
         "config.json", f"mlx-lm's model class computes something else: {what}", needed, found, cause
     )
@@ -183,7 +183,7 @@ def vision_drops(modules: Mapping[str, str], place: str = "", *, usual: bool = T
 
 
 def under(prefix: str, rules: Iterable[Rule], drops: Iterable[Drop]) -> tuple[list[Rule], list[Drop]]:
-    """Return a table for a model that stands under `prefix` in the checkpoint and in mlx-lm's class."""
+    """Return a table for a model that stands under `prefix` in the checkpoint and in mlx-lm's model class."""
 
     def inside(texts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"{prefix}.{text}" for text in texts)

@@ -1,6 +1,6 @@
 """MiniCPM3: MLA in a dense decoder whose embeddings, residuals and logits are scaled.
 
-mlx-lm's class scales the logits only where the output head is a module of its own. A tied embedding is
+mlx-lm's model class scales the logits only where the output head is a module of its own. A tied embedding is
 therefore written twice, once as the head, and the output's config says that nothing is tied.
 """
 
@@ -32,12 +32,12 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 
 def _value(g: Geometry) -> Num:
-    """Return the size of a value head, for which no config has a key; mlx-lm's class knows none."""
+    """Return the size of a value head, for which no config has a key; mlx-lm's model class knows none."""
     return g.dim("hidden_size") // g.count("num_attention_heads")
 
 
 def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys with which mlx-lm's class gives the reference's numbers.
+    """Return the keys with which mlx-lm's model class gives the reference's numbers.
 
     It knows no rope but longrope, whose frequencies are the plain ones where all factors are 1, and takes
     4096 where original_max_position_embeddings is missing.

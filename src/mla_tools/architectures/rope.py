@@ -1,4 +1,4 @@
-"""How a config writes its rope, and how mlx-lm's classes read it."""
+"""How a config writes its rope, and how mlx-lm's model classes read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Youtu-LLM: MLA in a dense decoder; mlx-lm's class keeps kv_b_proj whole."""
+"""Youtu-LLM: MLA in a dense decoder; mlx-lm's model class keeps kv_b_proj whole."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
 
 
 def rewrite(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rope keys as mlx-lm's class calls them."""
+    """Return the rope keys as mlx-lm's model class calls them."""
     interleaved = config.get("rope_interleave")
     traditional = {} if interleaved is None else {"rope_traditional": interleaved}
     return {**flat_rope(config), **traditional}

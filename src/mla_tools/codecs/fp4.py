@@ -45,7 +45,7 @@ _NAN = 255  # the E8M0 byte that is no number
 
 @dataclass(frozen=True)
 class Fp4(TargetCodec):
-    """E2M1 codes; `e8m0` tells MX from NV.
+    """E2M1 codes; `e8m0` distinguishes MX from NV.
 
     `codes`, `scale` and `overall` are the parts; `overall` is the scale of the whole tensor, which
     `divides` or multiplies. `dtypes` are those in which codes and scales are stored.
@@ -214,11 +214,11 @@ def claim(module: Module) -> list[Claim]:
 
 
 def _codec(module: Module, tensor: str, codes: str, scale: str) -> Fp4 | None:
-    """Return the codec that these leaves spell, or None if the scale is of another kind."""
+    """Return the codec of these leaves, or None if the scale is of another kind."""
     stored = module.leaves[part_name(tensor, codes)].dtype
     scales = module.leaves[part_name(tensor, scale)]
     dtype = scales.dtype
-    # mx.load gives bytes for E4M3 as for E8M0, and then their number tells which.
+    # mx.load gives bytes for E4M3 as for E8M0, and then their number decides.
     is_nv = dtype is DType.F8_E4M3 or (dtype is DType.U8 and scales.width * 16 == module.width)
     if dtype in (DType.F8_E8M0, DType.U8) and not is_nv:
         return Fp4(True, codes, scale, dtypes=(stored, dtype))

@@ -49,7 +49,7 @@ class Fp8Block(TargetCodec):
 
     `part` and `scales`: the scales' name and dtype. `experts`: the rows of each expert of a stack,
     0 where all rows are one weight. `axes`: how many of the last two axes of the scales, [rows of
-    blocks, columns of blocks], their shape spells out: 2 all, 1 without the columns, 0 neither; an
+    blocks, columns of blocks], their shape has: 2 all, 1 without the columns, 0 neither; an
     axis left out is 1 long, but with 0 the experts stay. `packs`: the scales are powers of two and
     fit mxfp8's groups, so MLX can hold the same numbers.
     """

@@ -2,7 +2,7 @@
 
 The headers say what is there, the index only what should be: real indexes omit tensors (ModelOpt), count
 elements instead of bytes, and name shards that an interrupted download never brought. Everything wrong is
-collected, so that one look at a folder tells all of it.
+collected, so that all of it is reported at once.
 """
 
 from __future__ import annotations

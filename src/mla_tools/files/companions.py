@@ -68,7 +68,7 @@ def choose_companions(
 ) -> tuple[tuple[Planned, ...], tuple[Skipped, ...]]:
     """Return the files to copy beside the weights, each opened once, and all else but the files of the model.
 
-    A note tells of each file that would be copied if it could be.
+    A note names each file that should be copied but cannot be.
     """
     found: list[Planned] = []
     skipped = [Skipped(name, _why_not_read(name)) for name in place.others()]

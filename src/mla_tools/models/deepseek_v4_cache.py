@@ -195,7 +195,7 @@ class ArraysCache:
             self._remaining = [count - span.length for count in self._remaining]
 
     def adopt(self, saved: Any) -> ArraysCache:
-        """Return this cache with the state that a saved one of mlx-lm's class holds."""
+        """Return this cache with the state that a saved one of mlx-lm's model class holds."""
         self.state = saved.state
         return self
 

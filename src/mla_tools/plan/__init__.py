@@ -1,7 +1,7 @@
 """From headers to a plan: what becomes of each stored tensor, and where each byte of the output goes.
 
 Nothing here reads tensor data, and nothing here imports mlx: a plan is made in a fraction of a second
-and tells everything that is wrong with a checkpoint in one go, before a byte is written.
+and reports everything that is wrong with a checkpoint at once, before a byte is written.
 
 The stages are functions from values to values and problems: `claim` (stored tensors to tensors), `match`
 (tensors to applications of rules), `gather` (applications that are complete), `encode` (how each target is

@@ -146,13 +146,13 @@ def _disagreeing_sections(config: Mapping[str, Any]) -> Iterator[str]:
 def _disagreeing_tensors(steps: Sequence[Step], config: Mapping[str, Any]) -> Iterator[str]:
     """Note what config.json says of tensors that are stored differently."""
     wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
-    tells = {codec: codec.declared(config) for step in steps for codec in step.codecs}
+    readers = {codec: codec.declared(config) for step in steps for codec in step.codecs}
     for step in steps:
-        if any(tells[codec] for codec in step.codecs):
+        if any(readers[codec] for codec in step.codecs):
             paths = [target.label for target in step.targets]
             for source in step.sources:
-                tell = tells[source.codec]
-                said = tell((source.label, *paths)) if tell else None
+                reader = readers[source.codec]
+                said = reader((source.label, *paths)) if reader else None
                 if said is not None:
                     wrong[said, source.codec.name].append(source.label)
     for (said, name), names in wrong.items():

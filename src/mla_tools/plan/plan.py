@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that mlx-lm's class must declare as parameters, with their shapes."""
+        """The tensors that mlx-lm's model class must declare as parameters, with their shapes."""
         written = {name: spec.shape for file in self.files for name, spec in file.tensors.items()}
         return {name: shape for name, shape in written.items() if name not in self.vision}
 
