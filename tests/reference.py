@@ -440,7 +440,8 @@ FAMILIES["mistral3"] = {
 # Random weights put some token close to the edge between two experts, where rounding the weights to
 # bfloat16 would choose another expert and change the logits by tenths. These salts of the random numbers
 # were searched for: with them and seed 0 no choice changes, in any storage (what is left is about 0.01).
-# They have to be searched for again when a config or `_draw` changes; test_reference.py notices.
+# They have to be searched for again when a config or `_draw` changes; test_reference.py notices. Without an
+# entry it is 0.
 _SALTS = {
     "deepseek_v3": 82,
     "kimi_k2": 151,
@@ -452,8 +453,6 @@ _SALTS = {
     "deepseek_v2_lite": 359,
     "deepseek_v2": 330,
     "glm_moe_dsa": 31,
-    "youtu_llm": 0,
-    "minicpm3": 0,
     "mistral4": 61,
     "mistral3": 13,
 }
@@ -469,8 +468,6 @@ STORAGES: tuple[tuple[str, Storage], ...] = tuple(
 """Every (family id, storage) that `make_checkpoint` writes."""
 
 KEPT: dict[str, tuple[str, ...]] = {
-    "bailing_hybrid": (),
-    "deepseek_v2": (),
     "deepseek_v3": ("e_score_correction_bias",),
     "deepseek_v32": ("e_score_correction_bias",),
     "glm4_moe_lite": ("e_score_correction_bias",),
@@ -478,14 +475,10 @@ KEPT: dict[str, tuple[str, ...]] = {
     "kimi_linear": ("e_score_correction_bias", "A_log", "dt_bias"),
     "longcat_flash": ("e_score_correction_bias",),
     "glm_moe_dsa": ("e_score_correction_bias",),
-    "youtu_llm": (),
-    "minicpm3": (),
-    "mistral4": (),
-    "mistral3": (),
 }
-"""Last parts of the names that the cast_predicate of mlx-lm's class leaves in the stored dtype."""
+"""Last parts of the names that the cast_predicate of mlx-lm's class leaves as stored; no entry: none."""
 
-# What the hub stores in F32 in a checkpoint that is otherwise BF16.
+# What the hub stores in F32 in a checkpoint that is otherwise BF16; without an entry, nothing.
 _STORED_F32: dict[str, re.Pattern[str]] = {
     "bailing_hybrid": re.compile(r"\.(expert_bias|A_log|dt_bias)$"),
     "deepseek_v3": re.compile(r"\.e_score_correction_bias$"),
@@ -494,12 +487,7 @@ _STORED_F32: dict[str, re.Pattern[str]] = {
     "glm4_moe_lite": re.compile(r"\.e_score_correction_bias$"),
     "kimi_linear": re.compile(r"\.(A_log|dt_bias)$"),
     "longcat_flash": re.compile(r"\.router\.(classifier\.weight|e_score_correction_bias)$"),
-    "deepseek_v2": re.compile(r"(?!)"),
     "glm_moe_dsa": re.compile(r"\.e_score_correction_bias$"),
-    "youtu_llm": re.compile(r"(?!)"),
-    "minicpm3": re.compile(r"(?!)"),
-    "mistral4": re.compile(r"(?!)"),
-    "mistral3": re.compile(r"(?!)"),
 }
 
 # What the hub stores in F8_E4M3 with block scales. Not eh_proj, the router, weights_proj, embeddings, head.
@@ -830,7 +818,7 @@ def _stored(tensors: Tensors, config: Mapping[str, Any], storage: Storage) -> Te
         if storage == "fp8" and _STORED_FP8.search(name):
             weight, scale = _encode_fp8(tensor, powers_of_two=kind == "deepseek_v32")
             stored[name], stored[f"{name}_scale_inv"] = weight, scale
-        elif _STORED_F32[kind].search(name):
+        elif _STORED_F32.get(kind, re.compile(r"(?!)")).search(name):
             stored[name] = tensor
         else:
             stored[name] = tensor.to(torch.bfloat16)
@@ -935,7 +923,7 @@ def make_checkpoint(
         if kind == "deepseek_v32":
             config["quantization_config"]["scale_fmt"] = "ue8m0"
 
-    seeded = f"{_SALTS[family_id]} {seed}"
+    seeded = f"{_SALTS.get(family_id, 0)} {seed}"
     stored = _stored(_random_tensors(config, seeded, mtp), config, storage)
     names = sorted(stored, key=_layer_order)
     place = {name: index * shards // len(names) for index, name in enumerate(names)}
@@ -995,7 +983,7 @@ def truth(folder: Path | str, cast: str | None = None) -> Logits:
 def hub_logits(hub: Tensors, config: Mapping[str, Any], cast: str | None) -> Logits:
     """The logits of decoded tensors under the hub's names, as `truth` computes them."""
     if cast is not None:
-        dtype, kept = getattr(torch, cast), KEPT[model_type(config)]
+        dtype, kept = getattr(torch, cast), KEPT.get(model_type(config), ())
         hub = {
             name: tensor if name.rpartition(".")[2] in kept else tensor.to(dtype).to(torch.float32)
             for name, tensor in hub.items()

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from textwrap import dedent
@@ -25,9 +26,12 @@ from mla_tools import codecs
 from mla_tools import convert as library
 from mla_tools.architectures import MODEL_TYPES, blocks
 from mla_tools.codecs import FORMATS
+from mla_tools.execute import execute
+from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.names import template
 from mla_tools.ops import Stack
 from mla_tools.options import Options
+from mla_tools.plan import make_plan
 from mla_tools.rules import Param, Rule
 from mla_tools.samples import sample_config, write_sample
 from mla_tools.spec import DType
@@ -195,6 +199,23 @@ def test_the_format_of_the_guide_is_decoded_as_ml_dtypes_decodes_it(
     assert np.array_equal(np.array(found[f"{name}.weight"]), codes * np.array(stored[f"{name}.row_scale"]))
     runs(tmp_path / "out")
     assert library.verify(tmp_path / "out").files
+
+
+def test_the_format_of_the_guide_is_a_target(fp8_row: ModuleType, tmp_path: Path) -> None:
+    write_sample("deepseek_v3", tmp_path / "source")
+    write_sample("deepseek_v3", tmp_path / "wanted", "fp8-row")
+    convert(tmp_path / "source", tmp_path / "mlx")
+    there = replace(open_checkpoint(tmp_path / "mlx"), config=open_checkpoint(tmp_path / "source").config)
+    options = Options(layout="hub", format=fp8_row.Fp8Row(), dtype=DType.BF16)
+    execute(make_plan(there, options), tmp_path / "hub")
+    written, wanted = loaded(tmp_path / "hub"), loaded(tmp_path / "wanted")
+    experts = [name for name in written if ".experts." in name]
+    assert len(experts) == 3 * 8 * 3 * 2
+    assert all(same(written[name], wanted[name]) for name in experts)
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["quantization_config"] == fp8_row.SECTION
+    again = convert(tmp_path / "hub", tmp_path / "again")
+    assert "fp8 with row_scale" in {source.codec.name for step in again.steps for source in step.sources}
 
 
 def test_a_scale_of_the_guides_format_that_does_not_fit_is_a_problem(
