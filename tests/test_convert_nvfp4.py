@@ -22,7 +22,8 @@ import mla_tools
 from mla_tools import plan
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.codecs import Module, bundle
-from mla_tools.codecs.mlx_quantized import NEUTRAL, MlxQuantized
+from mla_tools.codecs.mlx_quantized import MlxQuantized
+from mla_tools.errors import CheckpointError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.plan import Source, Step, Workload
@@ -315,20 +316,15 @@ def test_an_index_without_the_scales_loses_nothing(sample: Sample, tmp_path: Pat
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_an_expert_without_a_second_scale_gets_one_that_changes_nothing(tmp_path: Path) -> None:
+def test_an_expert_without_the_global_scale_that_others_have_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_sample("deepseek_v3", source, "modelopt-nvfp4")
     name = "model.layers.2.mlp.experts.0.up_proj.weight"
     drop_second(source, f"{name}_scale_2")
-    made = convert(source, tmp_path / "out")
-    stored, out = loaded(source), loaded(tmp_path / "out")
-    path = "model.layers.2.mlp.switch_mlp.up_proj"
-    assert path in [path for _, path in stacks(made)]
-    assert out[f"{path}.global_scale"][0].item() == NEUTRAL
-    plain = mx.dequantize(
-        stored[name].view(mx.uint32), stored[f"{name}_scale"], dtype=mx.float32, mode="nvfp4"
-    )
-    assert np.array_equal(decoded(out, path)[0], np.array(plain))
+    with pytest.raises(CheckpointError) as refused:
+        plan.make_plan(open_checkpoint(source), plan.Options())
+    (problem,) = refused.value.problems
+    assert (problem.what, problem.needed) == ("its global scale is missing", f"{name}_scale_2")
 
 
 def test_experts_of_unlike_formats_are_decoded_rather_than_quantized_again(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "mla_tools"
 # Room -> the rooms that it may import. A folder is one room; a new file needs a line here.
 # Everything may import errors and names.
 PICTURE: dict[str, set[str]] = {
-    "__init__": {"convert", "kv_b", "mla", "options", "quantization", "weights"},
+    "__init__": {"convert", "kv_b", "mla", "options", "quantization", "spec", "weights"},
     "__main__": {"cli", "isolation"},
     "cli": {
         "architectures",

@@ -632,3 +632,30 @@ def test_biases_that_others_have_are_missed(tmp_path: Path) -> None:
     # Where no tensor has any they are zero: that is a quantization of its own.
     symmetric = {other: spec for other, spec in specs.items() if not other.endswith(".biases")}
     assert make_steps(symmetric, found.config, Options()).problems == ()
+
+
+def test_a_choice_for_embed_q_that_changes_nothing_is_a_note(packed_kv_b: Path) -> None:
+    def said(*flags: str) -> list[str]:
+        return [note for note in planned(packed_kv_b, *flags).notes if "--embed-q has no effect" in note]
+
+    (note,) = said("-q", "--embed-q", "8,32")
+    assert "-q decides how embed_q is stored; use --q-override embed_q=..." in note
+    (note,) = said("-d", "--embed-q", "8,32")
+    assert "no quantized kv_b_proj stays quantized" in note
+    assert said("--embed-q", "8,32") == said("-q") == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"quantize": 4}, "quantize and embed_q are a QuantSpec"),
+        ({"embed_q": "8,32"}, 'embed_q as text is "source" or "float"'),
+        ({"dtype": "float16"}, "dtype is a DType"),
+        ({"overrides": {"lm_head": QuantSpec()}}, "overrides are a tuple of pairs"),
+        ({"overrides": (("lm_head", "6"),)}, "overrides are a tuple of pairs"),
+    ],
+    ids=["quantize", "embed_q", "dtype", "overrides", "override"],
+)
+def test_options_of_other_types_are_refused(keys: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        Options(**keys)

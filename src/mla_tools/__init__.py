@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from mla_tools.mla import shard_mla_projections
     from mla_tools.options import Options
     from mla_tools.quantization import QuantSpec
+    from mla_tools.spec import DType
     from mla_tools.weights import sanitize
 
     __version__: str
 
 __all__ = [
     "CheckpointError",
+    "DType",
     "MlaToolsError",
     "Options",
     "Problem",
@@ -36,6 +38,7 @@ _MODULES = {"convert"}
 
 _HOMES = {
     "CheckpointError": "errors",
+    "DType": "spec",
     "MlaToolsError": "errors",
     "Options": "options",
     "Problem": "errors",

@@ -37,10 +37,10 @@ def show(text: str) -> None:
     try:
         _write(sys.stdout, text)
     except BrokenPipeError as error:
-        _forget_stdout()
+        _forget(sys.stdout)
         raise ClosedError from error
     except OSError as error:
-        _forget_stdout()
+        _forget(sys.stdout)
         raise MlaToolsError(f"the result cannot be printed: {error.strerror}") from error
 
 
@@ -51,8 +51,10 @@ def show_json(value: object) -> None:
 
 def say(text: str) -> None:
     """Print a message on stderr, if anybody still reads there."""
-    with suppress(OSError, ValueError):
+    try:
         _write(sys.stderr, text)
+    except (OSError, ValueError):
+        _forget(sys.stderr)
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -96,11 +98,11 @@ def _failed(error: Exception, code: int, as_json: bool) -> int:
     return code
 
 
-def _forget_stdout() -> None:
-    """Throw away what stdout could not take, or Python would try again at its end and complain."""
+def _forget(stream: TextIO) -> None:
+    """Throw away what a stream could not take, or Python would try again at its end, and exit with 120."""
     with suppress(OSError, ValueError):
         fd = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(fd, sys.stdout.fileno())
+        os.dup2(fd, stream.fileno())
         os.close(fd)
 
 

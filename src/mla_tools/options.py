@@ -64,6 +64,7 @@ class Options:
     format: TargetCodec | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if sum(map(bool, (self.quantize, self.dequantize, self.format))) > 1:
             raise UsageError("Choose either quantize or dequantize, not both.")
         if self.quant_predicate and not self.quantize:
@@ -75,6 +76,29 @@ class Options:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--q-override {pattern}: not a regular expression: {error}") from error
+
+    def _check_types(self) -> None:
+        """Raise UsageError for values of other types, which a caller in Python may give."""
+        specs = [self.quantize, None if isinstance(self.embed_q, str) else self.embed_q]
+        pairs = self.overrides if isinstance(self.overrides, tuple) else ("",)
+        good = {
+            "quantize and embed_q are a QuantSpec": all(
+                spec is None or isinstance(spec, QuantSpec) for spec in specs
+            ),
+            'embed_q as text is "source" or "float"': not isinstance(self.embed_q, str)
+            or self.embed_q in ("source", "float"),
+            "dtype is a DType, such as DType.F16": self.dtype is None or isinstance(self.dtype, DType),
+            "overrides are a tuple of pairs: a regular expression, and a QuantSpec or None": all(
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and isinstance(pair[0], str)
+                and (pair[1] is None or isinstance(pair[1], QuantSpec))
+                for pair in pairs
+            ),
+        }
+        wrong = [what for what, is_so in good.items() if not is_so]
+        if wrong:
+            raise UsageError(f"Options: {'; '.join(wrong)}.")
 
     def described(self) -> dict[str, object]:
         """Return the options as plain values."""

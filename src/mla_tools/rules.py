@@ -39,7 +39,8 @@ class Param:
     `cast`: whether a conversion to another float dtype touches it. `unquantized`: the model class leaves it
     in floats where the rest is quantized, unless a predicate decides. `raw`: the class reads the weight
     itself and not through its module, so that packed codes are no use to it. `global_scale`: the
-    module (SwitchLinear) can hold a float32 scale for each expert beside nvfp4 codes.
+    module (SwitchLinear) can hold a float32 scale for each expert beside nvfp4 codes. `integer`: it holds
+    integers, and every other tensor floats.
     """
 
     quantizable: bool = False
@@ -48,6 +49,7 @@ class Param:
     unquantized: bool = False
     raw: bool = False
     global_scale: bool = False
+    integer: bool = False
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,10 @@ def test_every_layout_makes_the_shape_of_its_target(config: dict[str, Any]) -> N
 def dense() -> dict[str, Spec]:
     """Return the sample's tensors under the names of the class."""
     targets = table_of(dict(SAMPLE))[1].targets()
-    return {name: Spec(tuple(map(int, shape)), DType.BF16) for name, (shape, _) in targets.items()}
+    return {
+        name: Spec(tuple(map(int, shape)), DType.I32 if param.integer else DType.BF16)
+        for name, (shape, param) in targets.items()
+    }
 
 
 NAMES = {

@@ -245,7 +245,9 @@ def mixture(g: Geometry, at: Place, where: blocks.Where, hashed: Domain) -> list
     rules = [at.linear(("ffn.gate", "mlp.gate"), "ffn.gate", (count, hidden), where, Param())]
     if hashed:
         table = ("ffn.gate.tid2eid", "mlp.gate.tid2eid")
-        rules.append(at.one(table, table[0], (vocab, chosen), {"l": hashed}, Param(), Indices(count)))
+        rules.append(
+            at.one(table, table[0], (vocab, chosen), {"l": hashed}, Param(integer=True), Indices(count))
+        )
     bias = ("ffn.gate.bias", "mlp.gate.e_score_correction_bias", "ffn.gate.e_score_correction_bias")
     rules.append(at.one(bias, bias[-1], (count,), scored, _KEPT))
     for theirs, ours in _MLP:

@@ -6,7 +6,7 @@ sees a name, so a rule cannot forget a scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,7 @@ from mla_tools.codecs.codec import (
 )
 from mla_tools.codecs.dense import Dense
 from mla_tools.codecs.fp8 import Fp8Block
-from mla_tools.codecs.mlx_quantized import MlxQuantized, bare, stored_as
+from mla_tools.codecs.mlx_quantized import MlxQuantized, stored_as
 from mla_tools.spec import DType
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ __all__ = [
     "Quantized",
     "Sample",
     "TargetCodec",
-    "bare",
     "bundle",
     "config_keys",
+    "lacking",
     "part_name",
     "repacking",
     "stored_as",
@@ -121,6 +121,14 @@ def bundle(module: Module) -> Bundle:
     rest = {leaf: spec for leaf, spec in rest.items() if leaf not in drops}
     plain = dense.claim(replace(module, leaves=rest))
     claims += plain
+    known: dict[str, Claim] = {}
+    for claim in claims:
+        if claim.leaf in known:
+            names = f"{known[claim.leaf].codec.name} and {claim.codec.name}"
+            raise ValueError(
+                f"{claim.leaf} is stored in two formats, {names}: {', '.join(sorted(module.leaves))}"
+            )
+        known[claim.leaf] = claim
     unread = {leaf: _why_not(leaf, module) for leaf in rest.keys() - {claim.leaf for claim in plain}}
     return Bundle(claims, drops, unread)
 
@@ -159,6 +167,20 @@ def repacking(source: Codec, target: TargetCodec) -> Repack | None:
 
         return repack
     return None
+
+
+def lacking(codecs: Collection[Codec]) -> Iterator[tuple[str, str, list[Codec], list[Codec]]]:
+    """Yield what some tensors of a checkpoint lack and others have: what, its part, those codecs, the others.
+
+    A part that no tensor has is not missing: affine biases are zero then.
+    """
+    missing, others = mlx_quantized.bare(codecs)
+    if missing:
+        yield "biases are", "biases", missing, others
+    for part in ("_scale_2", "_global_scale"):
+        missing, others = fp4.without_global_scale(codecs, part)
+        if missing:
+            yield "global scale is", part, missing, others
 
 
 def config_keys(found: Quantized) -> dict[str, Any]:

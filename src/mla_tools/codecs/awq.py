@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Native, Rows, Sample, TargetCodec
+from mla_tools.codecs.codec import Claim, Module, Native, Rows, Sample, TargetCodec, refuse
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.errors import clipped
 from mla_tools.spec import DType, Spec
@@ -81,6 +81,9 @@ class Awq(TargetCodec):
         words = pack(_columns(parts["qweight"], start, stop), _BITS)
         zeros = _columns(parts["qzeros"], start, stop)
         return affine(words, parts["scales"][:, start:stop].T, zeros, form)
+
+    def check(self, parts: Mapping[str, mx.array]) -> None:
+        refuse(parts["scales"], "scales")
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mla_tools.codecs.codec import Claim, Module, Native, Parts, Quantized, Rows, Sample, TargetCodec
+from mla_tools.codecs.codec import Claim, Module, Native, Parts, Quantized, Rows, Sample, TargetCodec, refuse
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.spec import DType, Spec
 
@@ -104,6 +104,9 @@ class CompressedInt(TargetCodec):
     def rows_together(self) -> int:
         # Zero points are packed along the rows.
         return 1 if self.symmetric else 32 // self.bits
+
+    def check(self, parts: Mapping[str, mx.array]) -> None:
+        refuse(parts["_scale"], "_scale")
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx

@@ -12,7 +12,7 @@ exported checkpoints for names and shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from mla_tools.codecs.codec import (
     GLOBAL_SCALE,
     NEUTRAL,
     Claim,
+    Codec,
     Module,
     Native,
     Parts,
@@ -188,6 +189,13 @@ SAMPLES = {
 }
 
 
+def without_global_scale(codecs: Iterable[Codec], part: str) -> tuple[list[Codec], list[Codec]]:
+    """Return which NVFP4 codecs of a checkpoint lack the global scale that others have, and those others."""
+    nv = [codec for codec in codecs if isinstance(codec, Fp4) and not codec.e8m0]
+    others: list[Codec] = [codec for codec in nv if codec.overall == part]
+    return [codec for codec in nv if others and codec.overall is None], others
+
+
 def claim(module: Module) -> list[Claim]:
     """Claim packed codes of half the width together with their scales."""
     claims = []
@@ -229,4 +237,6 @@ def _codec(module: Module, tensor: str, codes: str, scale: str) -> Fp4 | None:
         if there is not None:
             shape = there.shape if there.size == 1 else (1,)
             return Fp4(False, codes, scale, overall, divides, (stored, dtype), shape)
+    if codes != "weight":
+        raise ValueError(f"{tensor}{codes} with scales in E4M3 has no {tensor}_global_scale beside it")
     return Fp4(False, codes, scale, dtypes=(stored, dtype))

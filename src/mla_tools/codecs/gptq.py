@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Native, Rows, Sample, TargetCodec
+from mla_tools.codecs.codec import Claim, Module, Native, Rows, Sample, TargetCodec, refuse
 from mla_tools.codecs.codes import FLOATS, affine, affine_form, dequantized, pack, steps, unpack
 from mla_tools.errors import MlaToolsError, clipped
 from mla_tools.spec import DType, Spec
@@ -136,6 +136,9 @@ class Gptq(TargetCodec):
         zeros = self._checked_zeros(parts, start, stop)
         words, scales = self._words(parts, start, stop), parts["scales"][:, start:stop].T
         return affine(words, scales, None if self.symmetric else zeros, form)
+
+    def check(self, parts: Mapping[str, mx.array]) -> None:
+        refuse(parts["scales"], "scales")
 
     def encode(self, array: mx.array) -> dict[str, mx.array]:
         import mlx.core as mx

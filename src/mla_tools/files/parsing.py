@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -52,13 +53,17 @@ def parse_object(data: bytes) -> tuple[dict[str, Any], list[str]]:
     return value, twice
 
 
+_SPACE_BEFORE_COLON = re.compile(r'"[ \t\n\r]+:')
+
+
 def _has_no_duplicates(value: object, text: str) -> bool:
     """Return whether it is certain, without looking at pairs, that some JSON has no duplicate key.
 
-    In compact JSON each key is a quote and a colon. With spaces between them there are fewer of these, with
-    escaped quotes there may be more, and objects in objects in objects are not counted.
+    Each key is followed by a quote and a colon. Escaped quotes, and keys of objects within objects within
+    objects, can only make these more than the keys that are counted; space before a colon would make them
+    fewer.
     """
-    if type(value) is not dict:
+    if type(value) is not dict or _SPACE_BEFORE_COLON.search(text):
         return False
     inner = (item for item in value.values() if type(item) is dict)
     return text.count('":') == len(value) + sum(map(len, inner))

@@ -85,6 +85,8 @@ def make_mtp_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     prefix, drafter = DRAFTERS.get(name, ("", None))
     held = {name: entry for name, entry in checkpoint.tensors.items() if prefix and name.startswith(prefix)}
     family = drafter({name: entry.spec.shape for name, entry in held.items()}) if drafter else None
+    if drafter is None:
+        raise UsageError(f"--keep-mtp: only MTP layers of {', '.join(DRAFTERS)} can be kept, not of {name}.")
     if family is None:
         raise UsageError(f"--keep-mtp: there are no MTP layers here ({name}).")
     lost = {name: reason for name, reason in checkpoint.lost.items() if name.startswith(prefix)}
@@ -181,14 +183,16 @@ def _make_steps(
         encoded = encode(gathered.groups, matched.vision, options, table.layers())
         encoded.steps.sort(key=lambda step: natural(step.targets[0].name))
         stages = (claimed, matched, gathered, encoded)
+        problems = (*family.refusals(config), *(problem for stage in stages for problem in stage.problems))
+        found = notes(encoded, family, config, options, matched.dropped_layers, whole=not (problems or lost))
         return Steps(
             family,
             tuple(source for source, _ in claimed.tensors),
             encoded,
             tuple(matched.drops),
             matched.layouts,
-            (*family.refusals(config), *(problem for stage in stages for problem in stage.problems)),
-            tuple(notes(encoded, family, config, options, matched.dropped_layers)),
+            problems,
+            tuple(found),
         )
 
 

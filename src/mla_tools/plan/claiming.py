@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mla_tools.codecs import Codec, Dense, Module, bare, bundle, part_name
+from mla_tools.codecs import Codec, Dense, Module, bundle, lacking, part_name
 from mla_tools.errors import Problem
 from mla_tools.spec import Spec
 from mla_tools.steps import Drop, Source
@@ -67,7 +67,7 @@ def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], tab
             name = prefix + leaf
             match = weight if leaf == "weight" else table.lookup(name)
             made.tensors.append((Source(name, spec, codec, parts), match))
-    made.problems += _without_biases([source for source, _ in made.tensors])
+    made.problems += _lacking([source for source, _ in made.tensors])
     return made
 
 
@@ -96,18 +96,21 @@ def _answer(module: Module) -> _Answer:
     )
 
 
-def _without_biases(sources: Sequence[Source]) -> list[Problem]:
+def _lacking(sources: Sequence[Source]) -> list[Problem]:
+    """Return the problems of tensors that lack a part which others of their kind have."""
     held: dict[Codec, list[Source]] = defaultdict(list)
     for source in sources:
         held[source.codec].append(source)
-    missing, others = bare(held)
-    count = sum(len(held[codec]) for codec in others)
-    found = f"scales without biases, and {count:,} other affine tensors have both"
-    return [
-        Problem(source.label, "its biases are missing", part_name(source.name, "biases"), found)
-        for codec in missing
-        for source in held[codec]
-    ]
+    problems = []
+    for what, part, missing, others in lacking(held):
+        count = sum(len(held[codec]) for codec in others)
+        for codec in missing:
+            found = f"scales without it, and {count:,} other tensors have both ({codec.name})"
+            problems += [
+                Problem(source.label, f"its {what} missing", part_name(source.name, part), found)
+                for source in held[codec]
+            ]
+    return problems
 
 
 def _plain(name: str, spec: Spec) -> Source:

@@ -26,7 +26,8 @@ class Encoded:
 
     `params`: what each target is in the model. `named`: the paths that config.json must name even where
     they are like the default. `overridden`: the overrides that decide on a module. `vision`: the names of
-    copied vision tensors. `indivisible`: the paths that no group divides, by the group size and their width.
+    copied vision tensors. `embed_q`: whether the choice for embed_q decided on a tensor. `indivisible`: the
+    paths that no group divides, by the group size and their width.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Encoded:
     named: set[str] = field(default_factory=set)
     overridden: set[str] = field(default_factory=set)
     vision: set[str] = field(default_factory=set)
+    embed_q: bool = False
     indivisible: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -45,6 +47,7 @@ class _Choice:
     `because`: the option that asks for it by name; then a group that does not divide is refused.
     `override` is the pattern of the override that decides, and `named` whether config.json must name it.
     `all`: what -q asks of all modules, where that is why this one is quantized; its group must divide too.
+    `embed_q`: the choice for embed_q decides.
     """
 
     wanted: QuantSpec | TargetCodec | None
@@ -52,6 +55,7 @@ class _Choice:
     override: str = ""
     named: bool = False
     all: QuantSpec | None = None
+    embed_q: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
 def _note(made: Encoded, path: str, stored: _Stored, width: int) -> None:
     """Add what is worth saying of a target to what the stage returns."""
     choice = stored.choice
+    made.embed_q = made.embed_q or choice.embed_q
     if choice.override:
         made.overridden.add(choice.override)
     if choice.named and stored.codec.quantized:
@@ -176,11 +181,11 @@ def _choice(
     if keeps_last_axis:
         return _Choice(native.spec)
     if options.embed_q is None:
-        return _Choice(EMBED_Q)
+        return _Choice(EMBED_Q, embed_q=True)
     if options.embed_q == "float":
-        return _Choice(None)
+        return _Choice(None, embed_q=True)
     wanted = native.spec if options.embed_q == "source" else options.embed_q
-    return _Choice(wanted, "embed_q asks for it (--embed-q).")
+    return _Choice(wanted, "embed_q asks for it (--embed-q).", embed_q=True)
 
 
 def _common(codecs: Collection[Codec], param: Param) -> Native | None:

@@ -62,6 +62,8 @@ def match(
         elif route is not None:
             key, slot = table.slot(found)
             made.inputs[found.claim, key][slot] = source
+            if (source.spec.dtype.kind == "int") != route.param.integer:
+                made.problems.append(_other_dtype(source, integer=route.param.integer))
             if source.spec.shape != route.shapes[found.position]:
                 made.problems.append(_shape_mismatch(source, route.shapes[found.position]))
                 made.unfit.add((found.claim, key))
@@ -110,6 +112,10 @@ def _unknown(source: Source, family: Family) -> Problem:
         cause = "It looks like a scale whose weight is missing or stored in an unknown format."
     found = f"{source.spec} ({source.codec.name})"
     return Problem(source.label, "unknown tensor", found=found, cause=cause)
+
+
+def _other_dtype(source: Source, *, integer: bool) -> Problem:
+    return Problem(source.label, "dtype mismatch", "integers" if integer else "floats", str(source.spec))
 
 
 def _shape_mismatch(source: Source, shape: tuple[int, ...]) -> Problem:

@@ -39,20 +39,30 @@ class EmbedQCost:
 
 
 def notes(
-    encoded: Encoded, family: Family, config: Mapping[str, Any], options: Options, dropped: set[int]
+    encoded: Encoded,
+    family: Family,
+    config: Mapping[str, Any],
+    options: Options,
+    dropped: set[int],
+    *,
+    whole: bool,
 ) -> list[str]:
-    """Return what is worth saying about a plan; `dropped` are the layers that were dropped as MTP layers."""
+    """Return what is worth saying about a plan.
+
+    `dropped` are the layers that were dropped as MTP layers, and `whole` says that there are no problems.
+    """
     return [
         *family.remarked(config),
         *_mtp_layers(family, config, dropped),
-        *_nothing_renamed(encoded.steps),
+        *(_nothing_renamed(encoded.steps) if whole else ()),
         *_unquantized(encoded, options),
         *_vision(encoded, family),
         *_requantized(encoded.steps, options),
         *_narrower_integers(encoded.steps),
         *_disagreeing_sections(config),
         *_disagreeing_tensors(encoded.steps, config),
-        *map(_cost_text, embed_q_costs(encoded.steps)),
+        *(_cost_text(cost, options) for cost in embed_q_costs(encoded.steps)),
+        *_idle_embed_q(encoded, options),
         *_global_scales(encoded, options),
     ]
 
@@ -183,7 +193,19 @@ def _cost(source: Codec, target: Codec, dtype: DType, sizes: Sequence[int]) -> E
     return EmbedQCost(source.name, target.name, len(sizes), sum(sizes), as_made, as_source, as_float)
 
 
-def _cost_text(cost: EmbedQCost) -> str:
+def _idle_embed_q(encoded: Encoded, options: Options) -> Iterator[str]:
+    """Note that a choice for embed_q changes nothing."""
+    if options.embed_q is None or encoded.embed_q:
+        return
+    if options.quantize or options.format:
+        why = "-q decides how embed_q is stored; use --q-override embed_q=... to choose"
+    else:
+        why = "no quantized kv_b_proj stays quantized"
+    yield f"--embed-q has no effect: {why}"
+
+
+def _cost_text(cost: EmbedQCost, options: Options) -> str:
+    flag = "--q-override embed_q=..." if options.quantize else "--embed-q"
     if cost.error is None:
         error = "not measured for this source"
     else:
@@ -193,7 +215,7 @@ def _cost_text(cost: EmbedQCost) -> str:
         )
     return (
         f"the K half of kv_b_proj changes its axis: {cost.before} is decoded and stored as {cost.after}, "
-        f"{cost.nbytes:,} bytes in {cost.tensors} tensors; expected error of K: {error} (--embed-q)"
+        f"{cost.nbytes:,} bytes in {cost.tensors} tensors; expected error of K: {error} ({flag})"
     )
 
 
