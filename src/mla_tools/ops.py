@@ -7,6 +7,8 @@ everything, so there is one implementation for both.
 
 A block's rows are counted with all axes but the last taken as one, because a packed tensor can be
 cut between rows but not within them.
+
+The file is longer than others because it is one list: every op stands beside its inverse.
 """
 
 from __future__ import annotations
