@@ -173,3 +173,16 @@ def test_the_source_is_checked_once_for_model_and_mtp(
     assert len(checked) == 1
     for folder in (out, tmp_path / "out-mtp"):
         assert json.loads((folder / "mla_tools.json").read_text())["source_checked"] is True
+
+
+@pytest.mark.parametrize("command", ["plan", "convert"])
+def test_the_json_has_the_plan_of_the_mtp_layers(
+    command: str, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--mlx-path", str(tmp_path / "out")] if command == "convert" else []
+    assert main([command, str(sample), "--keep-mtp", "--json", *out]) == 0
+    model = json.loads(capsys.readouterr().out)
+    names = [tensor["name"] for tensor in model["mtp"]["tensors"]]
+    assert "decoder.attn.wq_a.weight" in names
+    assert model["mtp"]["family"] == "deepseek_v4_mtp"
+    assert model["family"] == "deepseek_v4"

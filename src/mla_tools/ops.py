@@ -364,7 +364,7 @@ class SplitKvB:
         (spec,) = specs
         heads, rest = divmod(spec.shape[0], self.nope + self.value)
         if len(spec.shape) != 2 or rest:
-            raise ValueError(f"{spec} has no whole number of heads of {self.nope} + {self.value} rows")
+            raise ValueError(f"{spec} does not divide into heads of {self.nope} + {self.value} rows")
         rank = spec.shape[1]
         return (
             Spec((heads, rank, self.nope), spec.dtype),
@@ -464,7 +464,7 @@ class Unflatten:
         (spec,) = specs
         count, rest = divmod(spec.shape[0], self.rows)
         if len(spec.shape) != 2 or rest:
-            raise ValueError(f"{spec} has no whole number of blocks of {self.rows} rows")
+            raise ValueError(f"{spec} does not divide into blocks of {self.rows} rows")
         return (Spec((count, self.rows, spec.shape[1]), spec.dtype),)
 
     def apply(self, arrays: Sequence[mx.array]) -> tuple[mx.array, ...]:

@@ -34,7 +34,7 @@ def sanitize(
     last axis stays, and `embed_q` says what becomes of the K half of a quantized kv_b_proj. Float
     dtypes are kept; FP8 becomes bfloat16.
 
-    Raises CheckpointError that lists every unknown, missing, doubled or misshapen tensor.
+    Raises CheckpointError that lists every tensor that is unknown, missing, a duplicate or of another shape.
     """
     keys = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     specs: dict[str, Spec] = {}

@@ -155,8 +155,7 @@ def attention(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
     names = {name: [f"attn.{name}", f"self_attn.{part.hub}"] for name, part in parts.items()}
     # What save_pretrained of transformers 5.23 writes.
     names["kv_norm.weight"].append("attn.norm.weight")
-    rows, inner = parts["wo_a.weight"].shape[0], g.dim("o_lora_rank")
-    groups = g.count("o_groups")
+    groups, inner = g.count("o_groups"), g.dim("o_lora_rank")
     pieces = at.forms(
         [["attn.wo_a.{g}.weight"]],
         ((inner, parts["wo_a.weight"].shape[1]),),
@@ -165,7 +164,6 @@ def attention(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
         (_STACKED,),
         _equals(groups),
     )
-    assert rows == groups * inner
     queries, latent = parts.pop("wq_a.weight"), parts.pop("wkv.weight")
     pair = (queries.theirs, latent.theirs)
     lengths = (queries.shape[0], latent.shape[0])

@@ -87,10 +87,9 @@ class Codec(Protocol):
 
     @property
     def on_request(self) -> Native | None:
-        """The form in which MLX holds these numbers exactly on request, although the source does not"
-        " promise it.
+        """The form in which MLX holds these numbers exactly, on request: nothing promises that it can.
 
-        `native` is one; a format may have another, and then `to_native` looks at each number.
+        It is `native` unless a format says more; then `to_native` looks at each number.
         """
         return self.native
 
@@ -132,10 +131,10 @@ class Codec(Protocol):
         del parts
 
     def declared(self, config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | None] | None:
-        """Return what tells, for the names that a module may have in config.json, what that says of it.
+        """Return a function that compares config.json with a tensor in this format, or None.
 
-        It returns None where config.json says what the tensor is; where it never names modules in this
-        format, None is returned instead of it.
+        The function takes the names that the module may have in config.json. It returns what config.json says
+        of the module, or None if that is this format. There is no function if config.json says nothing of it.
         """
         del config
         return None
