@@ -268,7 +268,7 @@ class _Arena:
         if starts[-1] > self._size:
             self._array = mx.zeros((starts[-1],), dtype=mx.uint8)
             mx.eval(self._array)
-            self._bytes = np.array(self._array, copy=False)
+            self._bytes = np.array(self._array, copy=False).data
             self._size = starts[-1]
         for start, n in zip(starts, nbytes, strict=False):
             yield self._bytes[start : start + n], self._array[start : start + n]

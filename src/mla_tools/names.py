@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -34,7 +34,8 @@ _FIELD = re.compile(r"\.\{(\w+)\}(?=\.|\Z)")
 # Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
 # Only whole dotted components count, so "q_conv1d" stays a word, and only numbers as they are written
 # out: "01" is a word, or two names would stand for one place, and so is what no int should be made of.
-NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,17})(?=\.|\Z)")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
+NUMBER = re.compile(rf"\.({_INDEX.pattern})(?=\.|\Z)")
 
 # Names with more indices than this are not folded: no model has them, and each costs a level of recursion.
 _MAX_INDICES = 16
@@ -184,11 +185,8 @@ def fold_names(names: Iterable[str]) -> list[str]:
 def folds(names: Iterable[str]) -> list[Fold]:
     """Return the lines of `fold_names` with their counts."""
     groups: dict[tuple[str, ...], dict[tuple[str, ...], None]] = {}
-    for name in names:
-        pieces = NUMBER.split(name)
-        if len(pieces) > 2 * _MAX_INDICES:
-            pieces = [name]
-        groups.setdefault(tuple(pieces[::2]), {})[tuple(pieces[1::2])] = None
+    for words, numbers in _split(names):
+        groups.setdefault(words, {})[numbers] = None
     found = []
     for words, tuples in groups.items():
         for axes in _products(list(tuples)):
@@ -199,6 +197,25 @@ def folds(names: Iterable[str]) -> list[Fold]:
                 text += f".{fold_indices(map(int, axis))}{word}"
             found.append(Fold(count, text))
     return found
+
+
+def _split(names: Iterable[str]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Yield the words and the numbers of each name; most differ from the one before in the last number."""
+    words: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    before = after = ""
+    for name in names:
+        number = name[len(before) : len(name) - len(after)]
+        if words and name.startswith(before) and name.endswith(after) and _INDEX.fullmatch(number):
+            yield words, (*numbers, number)
+            continue
+        pieces = NUMBER.split(name)
+        if 1 < len(pieces) <= 2 * _MAX_INDICES:
+            words, numbers, after = tuple(pieces[::2]), tuple(pieces[1:-2:2]), pieces[-1]
+            before = name[: len(name) - len(after) - len(pieces[-2])]
+            yield words, (*numbers, pieces[-2])
+        else:
+            yield (name,), ()
 
 
 def fold_files(names: Iterable[str]) -> list[str]:

@@ -214,11 +214,14 @@ def _gather(headers: dict[str, Header], places: dict[str, str], problems: list[P
             found = f"{shown(first)} and {shown(file)}"
             cause = "Remove the file that does not belong to this model."
             problems.append(Problem(shown(name), "is stored in two files", "one place", found, cause))
-        tensors |= {
-            name: entry
-            for name, entry in header.entries.items()
-            if name not in twice or places.get(name) == file
-        }
+        entries = header.entries
+        if twice:
+            entries = {
+                name: entry
+                for name, entry in entries.items()
+                if name not in twice or places.get(name) == file
+            }
+        tensors |= entries
     return tensors
 
 
@@ -296,7 +299,7 @@ def check_content(
         opened = shard.file.open()
         try:
             for piece in pieces(opened, shard.size):
-                digest.update(piece.data)
+                digest.update(piece)
                 progress(len(piece))
         finally:
             opened.close()

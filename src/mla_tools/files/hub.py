@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError, clipped
 from mla_tools.files.network import Arrival, Client, Clock, Sleep, passing, plain
 from mla_tools.files.parsing import parse_object
@@ -246,7 +243,7 @@ class Repository:
         self._others = others
         self._listed, self._ranges, self._endpoint = listed, ranges, endpoint
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], NDArray[np.uint8]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.name}@{self.revision}"
@@ -280,23 +277,23 @@ class Repository:
     def size(self, name: str) -> int:
         return self._listed[name].size
 
-    def read(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+    def read(self, name: str, offset: int, nbytes: int) -> Bytes:
         """Return a range of a file, in at most one request."""
         from huggingface_hub import hf_hub_url
 
         size = self.size(name)
         check_range(name, offset, nbytes, size)
         ahead = min(_AHEAD, size - offset - nbytes)
-        data = np.empty(nbytes + ahead, np.uint8)
+        data = memoryview(bytearray(nbytes + ahead))
         done = self._recall(name, offset, data[:nbytes])
         if done < nbytes:
             url = hf_hub_url(self.name, name, revision=self.revision, endpoint=self._endpoint)
-            self._ranges.fill(name, url, offset + done, data.data[done:], size)
+            self._ranges.fill(name, url, offset + done, data[done:], size)
             first = done if nbytes <= _AHEAD else nbytes
             self._keep(name, offset + first, data[first:])
         return data[:nbytes]
 
-    def _recall(self, name: str, offset: int, data: NDArray[np.uint8]) -> int:
+    def _recall(self, name: str, offset: int, data: Bytes) -> int:
         """Copy what is kept of a range to its place, and return how many bytes from its start that is."""
         with self._lock:
             for key, kept in self._kept.items():
@@ -308,9 +305,9 @@ class Repository:
                     return len(found)
         return 0
 
-    def _keep(self, name: str, offset: int, data: NDArray[np.uint8]) -> None:
+    def _keep(self, name: str, offset: int, data: Bytes) -> None:
         with self._lock:
-            self._kept[name, offset] = data.copy()  # a view would keep all of what was read
+            self._kept[name, offset] = bytes(data)  # a view would keep all of what was read
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
 

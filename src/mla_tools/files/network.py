@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -90,6 +89,8 @@ def passing(status: int, headers: Mapping[str, str]) -> PassingError | None:
     if re.fullmatch(r"\d{1,9}", asked):
         return PassingError(reason, float(asked))
     if asked:
+        from email.utils import parsedate_to_datetime
+
         try:
             wait = parsedate_to_datetime(asked).timestamp() - time.time()
         except (ValueError, OverflowError, OSError):

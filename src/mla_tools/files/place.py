@@ -16,9 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mla_tools.errors import ChangedError, CheckpointError, Problem
 
 __all__ = [
@@ -41,7 +38,8 @@ __all__ = [
 
 AGAIN = "Download the file again; an interrupted download leaves files like this."
 
-Bytes = NDArray[np.uint8]
+# A buffer of single bytes.
+Bytes = memoryview
 Kind = Literal["file", "link", "folder", "gone", "other"]
 
 _MAX_TRANSFER = 1 << 30  # macOS refuses a single read of 2 GiB and more
@@ -189,18 +187,18 @@ class _OpenLocalFile:
             raise _changed(file, _described(file.identity), _described(self._identity))
         if file.part is not None:
             offset, nbytes, wanted = file.part
-            found = hashlib.sha256(self.read(offset, nbytes).data).hexdigest()
+            found = hashlib.sha256(self.read(offset, nbytes)).hexdigest()
             if found != wanted:
                 raise _changed(file, f"a header with sha256 {wanted}", found)
 
     def read(self, offset: int, nbytes: int, into: Bytes | None = None) -> Bytes:
         name = self._file.name
         check_range(name, offset, nbytes, self.size)
-        data = np.empty(nbytes, np.uint8) if into is None else into
-        view, done = data.data, 0
+        data = memoryview(bytearray(nbytes)) if into is None else into
+        done = 0
         while done < nbytes:
             try:
-                count = os.preadv(self._fd, [view[done : done + _MAX_TRANSFER]], offset + done)
+                count = os.preadv(self._fd, [data[done : done + _MAX_TRANSFER]], offset + done)
             except OSError as error:
                 raise CheckpointError([_unreadable(name, error)]) from error
             if count == 0:

@@ -158,20 +158,21 @@ def _check_entries(
     """Return the entries of a header table; whatever is wrong with them is appended to `problems`."""
     file = shown(source.name)
     entries: dict[str, Stored] = {}
-    ranges: list[tuple[int, int, str]] = []
     specs: dict[tuple[str, tuple[int, ...]], tuple[Spec, int]] = {}
     whole = not problems  # without every range, what lies between ranges says nothing
+    new = tuple.__new__  # which is what a NamedTuple calls
+    reached = 0  # where the data ends of the entries that follow one another, as most do
 
     def report(name: str, what: str, needed: str = "", found: object = None) -> None:
         text = "" if found is None else clipped(found)
         problems.append(Problem(shown(name), what, needed, text, f"It is stored in {file}."))
 
+    # Most names are plain, and one look at all of them is far cheaper than a search in each.
+    plain = "" not in table and "".join(table).isprintable() and max(map(len, table), default=0) <= _MAX_NAME
     for name, entry in table.items():
-        # Most names are plain, and isprintable is far cheaper than a search.
-        plain = 0 < len(name) <= _MAX_NAME and name.isprintable()
         if not plain and (fault := _name_fault(name)):
             report(name, f"the name of a tensor {fault}")
-        if type(entry) is not dict or entry.keys() != _KEYS:
+        if type(entry) is not dict or len(entry) != 3 or not _KEYS.issuperset(entry):
             found = sorted(entry) if type(entry) is dict else entry
             report(name, "its header entry does not describe a tensor", "dtype, shape, data_offsets", found)
             whole = False
@@ -179,7 +180,7 @@ def _check_entries(
         offsets, dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
         begin, end = offsets if type(offsets) is list and len(offsets) == 2 else (None, None)
         if type(begin) is int and type(end) is int and 0 <= begin <= end < _MAX_NUMBER:
-            ranges.append((begin, end, name))
+            reached = end if begin == reached else -1
         else:
             report(name, "data_offsets is not a range", "two integers in order, 0 or more", offsets)
             whole, begin, end = False, -1, -1
@@ -200,7 +201,7 @@ def _check_entries(
             known = specs[key] = spec, spec.nbytes
         spec, nbytes = known
         if end - begin == nbytes:
-            entries[name] = Stored(source, start + begin, spec)
+            entries[name] = new(Stored, (source, start + begin, spec))
         elif end >= 0:
             report(
                 name,
@@ -208,14 +209,14 @@ def _check_entries(
                 f"{_count(nbytes)} bytes for {dtype} {clipped(shape)}",
                 end - begin,
             )
-    if whole:
+    if whole and reached != size - start:
+        ranges = sorted((*entry["data_offsets"], name) for name, entry in table.items())
         _check_tiling(ranges, file, size - start, problems)
     return entries
 
 
 def _check_tiling(ranges: list[tuple[int, int, str]], file: str, size: int, problems: list[Problem]) -> None:
-    """Append what keeps the ranges from tiling the data of `size` bytes: gaps, overlaps, a wrong end."""
-    ranges.sort()
+    """Append what keeps sorted ranges from tiling the data of `size` bytes: gaps, overlaps, a wrong end."""
     reached, owner = 0, ""
     for begin, end, name in ranges:
         if begin > reached:

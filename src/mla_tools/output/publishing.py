@@ -73,7 +73,7 @@ def _copied(folder: Directory, companion: Planned) -> tuple[int, str]:
         digest = hashlib.sha256()
         if status := folder.status(name):  # an earlier run has come as far as this, or somebody else has
             for piece in pieces(source, source.size):
-                digest.update(piece.data)
+                digest.update(piece)
             if status.st_size != source.size or sha256_in(folder, name) != digest.hexdigest():
                 folder.check_free(name)
         else:
@@ -81,8 +81,8 @@ def _copied(folder: Directory, companion: Planned) -> tuple[int, str]:
             fd = folder.create(partial)
             try:
                 for piece in pieces(source, source.size):
-                    digest.update(piece.data)
-                    write_all(fd, piece.data)
+                    digest.update(piece)
+                    write_all(fd, piece)
                 sync(fd)
             finally:
                 os.close(fd)

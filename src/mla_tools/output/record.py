@@ -12,7 +12,6 @@ import platform
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,8 @@ _DIGEST = "sha256"
 
 def provenance(plan: Plan, device: str) -> dict[str, Any]:
     """Return all that the bytes of an output depend on, as plain values."""
+    from importlib.metadata import version
+
     name, revision = _source(plan.checkpoint.place)
     return {
         "format": FORMAT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], tab
         held += (leaf, spec)
     # Most modules look like thousands of others, so what the codecs say is remembered.
     seen: dict[Any, _Answer] = {}
+    new = tuple.__new__  # which is what a NamedTuple calls
     for module in list(modules):
         held = modules.pop(module)  # what was seen need not be kept
         prefix = f"{module}." if module else ""
@@ -66,8 +67,9 @@ def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], tab
         for leaf, spec, codec, parts in answer.claims:
             name = prefix + leaf
             match = weight if leaf == "weight" else table.lookup(name)
-            made.tensors.append((Source(name, spec, codec, parts), match))
-    made.problems += _lacking([source for source, _ in made.tensors])
+            made.tensors.append((new(Source, (name, spec, codec, parts)), match))
+    codecs = {codec for answer in seen.values() for _, _, codec, _ in answer.claims}
+    made.problems += _lacking(codecs, made.tensors)
     return made
 
 
@@ -96,13 +98,13 @@ def _answer(module: Module) -> _Answer:
     )
 
 
-def _lacking(sources: Sequence[Source]) -> list[Problem]:
+def _lacking(codecs: Collection[Codec], tensors: Sequence[tuple[Source, Match | None]]) -> list[Problem]:
     """Return the problems of tensors that lack a part which others of their kind have."""
-    held: dict[Codec, list[Source]] = defaultdict(list)
-    for source in sources:
-        held[source.codec].append(source)
     problems = []
-    for what, part, missing, others in lacking(held):
+    for what, part, missing, others in lacking(codecs):
+        held: dict[Codec, list[Source]] = defaultdict(list)
+        for source, _ in tensors:
+            held[source.codec].append(source)
         count = sum(len(held[codec]) for codec in others)
         for codec in missing:
             found = f"scales without it, and {count:,} other tensors have both ({codec.name})"

@@ -51,20 +51,20 @@ def match(
     made = Matched(drops=list(claimed.drops))
     dropped: list[tuple[Source, Match]] = []
     for source, named in claimed.tensors:
-        found = named
+        found, spec = named, source.spec
         route = table.route(found) if found else None
-        if found is not None and table.shape(found) not in (None, source.spec.shape):
+        if found and table.shape(found) not in (None, spec.shape):
             # One name can stand for a tensor in two shapes.
-            found = table.lookup(source.name, source.spec.shape)
+            found = table.lookup(source.name, spec.shape)
             route = table.route(found) if found else None
         if found is None:
             made.problems.append(_unknown(source, family))
         elif route is not None:
             key, slot = table.slot(found)
             made.inputs[found.claim, key][slot] = source
-            if (source.spec.dtype.kind == "int") != route.param.integer:
+            if (spec.dtype.kind == "int") != route.param.integer:
                 made.problems.append(_other_dtype(source, integer=route.param.integer))
-            if source.spec.shape != route.shapes[found.position]:
+            if spec.shape != route.shapes[found.position]:
                 made.problems.append(_shape_mismatch(source, route.shapes[found.position]))
                 made.unfit.add((found.claim, key))
         else:

@@ -171,5 +171,5 @@ def _digest(opened: OpenFile, nbytes: int) -> str:
     """Return the sha256 of the first bytes of a file."""
     digest = hashlib.sha256()
     for piece in pieces(opened, nbytes):
-        digest.update(piece.data)
+        digest.update(piece)
     return digest.hexdigest()
