@@ -40,7 +40,6 @@ from mla_tools.execute import check_source, execute
 from mla_tools.files.directory import Directory
 from mla_tools.output import INDEX, RECORD, is_complete, provenance
 from mla_tools.output import folder as output_folder
-from mla_tools.output import record as output_record
 from mla_tools.output import writing as output_writing
 from mla_tools.plan import Plan, Workload
 from mla_tools.plan import files as plan_files
@@ -214,7 +213,7 @@ def test_another_source_and_another_version_are_reported(
     shard.write_bytes(data)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with monkeypatch.context() as patch:
-        patch.setattr(output_record, "version", lambda name: "99.0")
+        patch.setattr("importlib.metadata.version", lambda name: "99.0")
         with pytest.raises(MlaToolsError, match=r"tools\.mlx: was '[0-9.]+', is '99\.0'"):
             execute(planned(copy), out, resume=True)
     assert digests(out) == before

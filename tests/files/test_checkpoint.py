@@ -246,24 +246,32 @@ def test_a_set_of_files_with_holes_names_the_missing(
 
 def test_companions_are_everything_but_weights(folder: Path) -> None:
     wanted = [
+        "LICENSE",
         "LICENSE.txt",
+        "NOTICE",
+        "README.md",
+        "additional_chat_templates/rag.jinja",
+        "additional_chat_templates/tool_use.jinja",
         "chat_template.jinja",
         "configuration_deepseek.py",
         "generation_config.json",
         "merges.txt",
+        "other.model",
         "qwen.tiktoken",
+        "tiktoken.model",
+        "tokenization_kimi.py",
         "tokenizer.json",
         "tokenizer.model",
         "tool.jsonl",
     ]
     others = [
-        "README.md",
         "fp8.safetensors.index.json",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
         ".gitattributes",
-        "other.model",
+        "additional_chat_templates/.hidden.jinja",
     ]
+    (folder / "additional_chat_templates" / "older").mkdir(parents=True)
     for name in wanted + others:
         (folder / name).write_text("{}")
     (folder / "assets.json").mkdir()
@@ -275,21 +283,22 @@ def test_companions_are_everything_but_weights(folder: Path) -> None:
     skipped = {each.name: each.reason for each in checkpoint.skipped}
     assert skipped == {
         ".gitattributes": "hidden",
-        "README.md": "not a kind of file that is copied",
+        "additional_chat_templates/.hidden.jinja": "hidden",
+        "additional_chat_templates/older/": "a folder",
         "assets.json/": "a folder",
         "config.json": "written anew",
         "fp8.safetensors.index.json": "written anew",
         "model.safetensors.index.json": "written anew",
-        "other.model": "not a kind of file that is copied",
         "pytorch_model.bin": "weights in another format",
         "pytorch_model.bin.index.json": "the index of weights in another format",
         "vocab.json": "is a link to a missing file",
     }
     shards = {shard.name for shard in checkpoint.shards}
     copied = {each.name for each in checkpoint.companions}
-    assert (
-        skipped.keys() == {f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir()} - shards - copied
-    )
+    templates = folder / "additional_chat_templates"
+    there = [path for path in (*folder.iterdir(), *templates.iterdir()) if path != templates]
+    names = {f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in there}
+    assert skipped.keys() == names - shards - copied
 
 
 SKIPPED = [

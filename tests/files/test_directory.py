@@ -100,7 +100,13 @@ def test_a_new_file_takes_no_name_that_is_taken(
     assert folder.names() == ["name", "old"]
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "../victim", "a\0b"])
+NO_NAMES = [
+    *("", ".", "..", "a/b", "/etc/passwd", "../victim", "a\0b"),
+    *(f"additional_chat_templates/{name}" for name in ("", ".", "..", "../victim", "a/b")),
+]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
 def test_a_name_never_leads_out(name: str, folder: Directory, victim: Path) -> None:
     calls: list[Callable[[], object]] = [
         lambda: folder.open(name),
@@ -139,6 +145,46 @@ def test_only_the_file_that_is_known_is_removed(folder: Directory) -> None:
     assert folder.remove("name", identity_of((folder.path / "name").stat()))
     assert folder.remove("name", known)  # it is gone
     assert folder.names() == []
+
+
+def test_the_one_folder_of_files_that_are_ours_comes_and_goes_with_them(folder: Directory) -> None:
+    first, second = (f"additional_chat_templates/{name}.jinja" for name in "ab")
+    assert folder.read(first, 10) is None
+    with pytest.raises(FileNotFoundError):
+        folder.open(first)
+    folder.write("top", b"")
+    folder.write(partial_name(second), b"text")
+    folder.rename(partial_name(second), second)
+    folder.write(first, b"other")
+    folder.sync()
+    assert folder.names() == [first, second, "top"]
+    assert (folder.path / second).read_text() == "text"
+    assert folder.remove(second)
+    assert (folder.path / "additional_chat_templates").is_dir()
+    assert folder.remove(first)
+    assert [path.name for path in folder.path.iterdir()] == ["top"]
+
+
+@pytest.mark.parametrize("make", [linked, linked_to_nothing, piped], ids=lambda make: make.__name__)
+def test_a_folder_of_somebody_else_is_not_written_to(
+    make: Callable[[Path, Path], None], folder: Directory, victim: Path
+) -> None:
+    victim.unlink()
+    victim.mkdir()
+    (victim / "a.jinja").write_text("mine")
+    make(folder.path / "additional_chat_templates", victim)
+    name = "additional_chat_templates/a.jinja"
+    calls: list[Callable[[], object]] = [
+        lambda: folder.open(name, write=True),
+        lambda: folder.write(name, b"other"),
+        lambda: folder.remove(name),
+        lambda: folder.read(name, 10),
+    ]
+    for call in calls:
+        with pytest.raises(MlaToolsError, match=r"additional_chat_templates is (a link|not a folder)"):
+            call()
+    assert folder.names() == ["additional_chat_templates"]
+    assert [path.read_text() for path in victim.iterdir()] == ["mine"]
 
 
 def test_what_is_read_has_a_limit(folder: Directory) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hub_server import NAME, running
+from huggingface_hub.utils import filter_repo_objects
 
 from mla_tools.errors import MlaToolsError, UsageError
 from mla_tools.files.hub import locate
@@ -119,7 +120,7 @@ def test_strange_sources_are_errors_and_no_tracebacks(source: str) -> None:
         locate(source)
 
 
-def test_a_repository_is_asked_for_weights_and_small_files_alone(
+def test_a_repository_is_asked_for_all_but_weights_in_other_formats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
@@ -131,18 +132,12 @@ def test_a_repository_is_asked_for_weights_and_small_files_alone(
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert locate("org/name", "v2", download=True) == Folder(tmp_path / "snapshot")
     assert (asked["repository"], asked["revision"]) == ("org/name", "v2")
-    patterns = [Path(pattern) for pattern in asked["allow_patterns"]]
-
-    def wanted(name: str) -> bool:
-        return any(Path(name).match(str(pattern)) for pattern in patterns)
-
     weights = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"]
     tokenizer = ["tokenizer.model", "tiktoken.model", "chat_template.jinja", "modeling_x.py", "merges.txt"]
-    here = weights + tokenizer
-    assert [name for name in here if not wanted(name)] == []
-    assert [
-        name for name in ("model.bin", "weights.pt", "x.pth", "figure.png", "x.gguf") if wanted(name)
-    ] == []
+    wanted = [*weights, *tokenizer, "LICENSE", "additional_chat_templates/tool_use.jinja"]
+    others = ["model.bin", "weights.pt", "original/x.pth", "x.gguf", "fp32/model.safetensors"]
+    found = filter_repo_objects([*wanted, *others], ignore_patterns=asked["ignore_patterns"])
+    assert list(found) == wanted
 
 
 def test_a_file_is_handed_on_to_whoever_opens_it(tmp_path: Path) -> None:

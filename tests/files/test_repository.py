@@ -1040,7 +1040,7 @@ def test_download_takes_the_files_first(
 ) -> None:
     asked: list[Any] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
         asked.append((name, revision))
         return str(sample)
 

@@ -10,16 +10,23 @@ from fnmatch import fnmatchcase
 from mla_tools.errors import CheckpointError, Problem
 from mla_tools.files.directory import partial_name
 from mla_tools.files.index import CONFIG, INDEX, SUFFIX
-from mla_tools.files.place import File, Place, shown
+from mla_tools.files.place import File, Place, leaf_of, shown
 
-__all__ = ["Planned", "Skipped", "choose_companions"]
+__all__ = ["OTHER_WEIGHTS", "Planned", "Skipped", "choose_companions"]
 
-# The names of what is copied, unless the table below has them too.
-_COPIED = ("*.json", "*.jsonl", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
+# The names of weights in formats that are not read.
+OTHER_WEIGHTS = tuple(
+    f"*.{ending}"
+    for ending in (
+        *("bin", "ckpt", "gguf", "ggml", "h5", "msgpack", "npy", "npz", "onnx", "onnx_data", "ot"),
+        *("pb", "pickle", "pkl", "pt", "pth", "tflite"),
+    )
+)
 
 _QUANTIZATION = "describes the quantization that the checkpoint came with"
 
-# The names of what is not copied, and why; the first that fits counts.
+# The names of what is not copied, and why; the first that fits counts. All else is copied, because nobody
+# knows by what names a tokenizer opens its files.
 _NOT_COPIED = (
     (CONFIG, "written anew"),
     (f"*{SUFFIX}.index.json", "written anew"),
@@ -31,8 +38,7 @@ _NOT_COPIED = (
     ("quantize_config.json", _QUANTIZATION),
     ("quant_config.json", _QUANTIZATION),
     (f"*{SUFFIX}", "weights that are not part of the model"),
-    *((f"*.{ending}", "weights in another format") for ending in ("bin", "ckpt", "gguf", "h5", "msgpack")),
-    *((f"*.{ending}", "weights in another format") for ending in ("npz", "onnx", "pkl", "pt", "pth")),
+    *((pattern, "weights in another format") for pattern in OTHER_WEIGHTS),
 )
 
 # Of what is copied; a larger file is left out, and a note says so.
@@ -84,7 +90,7 @@ def choose_companions(
             if reason == _QUANTIZATION:
                 notes.append(f"{shown(name)} {reason}, not copied")
             continue
-        length = len(os.fsencode(partial_name(name)))
+        length = len(os.fsencode(partial_name(leaf_of(name))))
         why = ""
         if kind == "gone":
             why = "is a link to a missing file"
@@ -125,8 +131,7 @@ def _why_not_wanted(name: str) -> str:
     for pattern, reason in _NOT_COPIED:
         if fnmatchcase(name, pattern):
             return reason
-    copied = any(fnmatchcase(name, pattern) for pattern in _COPIED)
-    return "" if copied else "not a kind of file that is copied"
+    return "hidden" if leaf_of(name).startswith(".") else ""
 
 
 def _why_not_read(name: str) -> str:

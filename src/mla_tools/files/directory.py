@@ -12,12 +12,13 @@ import fcntl
 import os
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 from mla_tools.errors import MlaToolsError
-from mla_tools.files.place import Identity, identity_of, shown
+from mla_tools.files.place import TEMPLATES, Identity, identity_of, leaf_of, shown
 
 __all__ = ["Directory", "longest_name", "partial_name", "sync", "write_all"]
 
@@ -85,13 +86,21 @@ class Directory:
         return self.status(name) is not None
 
     def names(self) -> list[str]:
-        """Return the names of all that lies there, in order."""
-        return sorted(os.listdir(self._fd))  # noqa: PTH208
+        """Return the names of all that lies there, in order; a folder of ours as the files in it."""
+        names = os.listdir(self._fd)  # noqa: PTH208
+        if TEMPLATES in names and (fd := self._templates()) is not None:
+            try:
+                inner = [f"{TEMPLATES}/{name}" for name in os.listdir(fd)]  # noqa: PTH208
+            finally:
+                os.close(fd)
+            names = [*(name for name in names if name != TEMPLATES), *inner]
+        return sorted(names)
 
     def status(self, name: str) -> os.stat_result | None:
         """Return what the file system says about a name, of a link about itself; None if it is not there."""
         try:
-            return os.stat(_plain(name), dir_fd=self._fd, follow_symlinks=False)
+            with self._at(name) as (fd, leaf):
+                return os.stat(leaf, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -122,7 +131,8 @@ class Directory:
         """Return a descriptor of a file that is there."""
         flags = (os.O_RDWR if write or append else os.O_RDONLY) | (os.O_APPEND if append else 0)
         try:
-            fd = os.open(_plain(name), flags | _FLAGS, dir_fd=self._fd)
+            with self._at(name) as (folder, leaf):
+                fd = os.open(leaf, flags | _FLAGS, dir_fd=folder)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EMLINK):
                 raise self._strange(name, "is a link") from error
@@ -139,7 +149,11 @@ class Directory:
     def create(self, name: str, *, append: bool = False) -> int:
         """Return a descriptor of a new file; FileExistsError if there is anything by that name."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | (os.O_APPEND if append else 0)
-        return os.open(_plain(name), flags | _FLAGS, 0o666, dir_fd=self._fd)
+        if name != leaf_of(name):
+            with suppress(FileExistsError):
+                os.mkdir(TEMPLATES, dir_fd=self._fd)
+        with self._at(name) as (folder, leaf):
+            return os.open(leaf, flags | _FLAGS, 0o666, dir_fd=folder)
 
     def read(self, name: str, limit: int) -> bytes | None:
         """Return the bytes of a small file, None if it is not there; MlaToolsError if they are too many."""
@@ -171,7 +185,8 @@ class Directory:
         """Give a file another name; MlaToolsError if something has that name already."""
         self.check(old)
         self.check_free(new)
-        os.rename(_plain(old), _plain(new), src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        with self._at(old) as (source, before), self._at(new) as (target, after):
+            os.rename(before, after, src_dir_fd=source, dst_dir_fd=target)
 
     def remove(self, name: str, known: Identity | None = None) -> bool:
         """Remove a file, only if it is the one that is known; return whether it is gone."""
@@ -181,18 +196,49 @@ class Directory:
         if known is not None and identity_of(status) != known:
             return False
         self._refuse_strange(name, status)
-        with suppress(FileNotFoundError):
-            os.unlink(_plain(name), dir_fd=self._fd)
+        with suppress(FileNotFoundError), self._at(name) as (folder, leaf):
+            os.unlink(leaf, dir_fd=folder)
+        if name != leaf_of(name):
+            with suppress(OSError):  # it holds more
+                os.rmdir(TEMPLATES, dir_fd=self._fd)
         return True
 
     def sync(self) -> None:
         """Return when the names in the folder are on disk for good."""
+        if (fd := self._templates()) is not None:
+            try:
+                _sync_names(fd)
+            finally:
+                os.close(fd)
+        _sync_names(self._fd)
+
+    def _templates(self) -> int | None:
+        """Return a descriptor of the one folder in which there are files of ours, None if it is no folder."""
         try:
-            os.fsync(self._fd)
+            return os.open(TEMPLATES, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=self._fd)
         except OSError as error:
-            # Some network file systems cannot sync a folder; the file itself is safe there.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK):
+                return None
+            raise
+
+    @contextmanager
+    def _at(self, name: str) -> Iterator[tuple[int, str]]:
+        """Yield a descriptor of the folder in which a file lies, and its name there."""
+        leaf = _plain(leaf_of(name))
+        if leaf == name:
+            yield self._fd, leaf
+            return
+        fd = self._templates()
+        if fd is None:
+            status = self.status(TEMPLATES)
+            if status is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            link = stat.S_ISLNK(status.st_mode)
+            raise self._strange(TEMPLATES, "is a link" if link else "is not a folder")
+        try:
+            yield fd, leaf
+        finally:
+            os.close(fd)
 
     def _refuse_strange(self, name: str, status: os.stat_result) -> None:
         if stat.S_ISLNK(status.st_mode):
@@ -207,6 +253,15 @@ class Directory:
             f"{self.path / shown(name)} {what}, and this tool writes no such files; remove it, or choose"
             " another folder"
         )
+
+
+def _sync_names(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; the file itself is safe there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _plain(name: str) -> str:

@@ -14,16 +14,28 @@ from typing import Any
 from urllib.parse import quote
 
 from mla_tools.errors import CheckpointError, MlaToolsError, Problem, UsageError, clipped
+from mla_tools.files.companions import OTHER_WEIGHTS
 from mla_tools.files.network import Arrival, Client, Clock, Sleep, passing, plain
 from mla_tools.files.parsing import parse_object
-from mla_tools.files.place import Bytes, File, Folder, Kind, OpenFile, Part, Place, check_range, shown
+from mla_tools.files.place import (
+    Bytes,
+    File,
+    Folder,
+    Kind,
+    OpenFile,
+    Part,
+    Place,
+    check_range,
+    leaf_of,
+    shown,
+)
 from mla_tools.files.ranges import Ranges, refusal
 from mla_tools.files.settings import checked_endpoint, constants, hub_headers, one_line, session
 
 __all__ = ["Repository", "locate", "open_repository"]
 
-# What a conversion reads: the weights and the small files beside them. Never pickles, never images.
-_PATTERNS = ("*.safetensors", "*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja")
+# What a conversion does not read, in the patterns of a download: what folders hold is no part of the model.
+_NOT_READ = (*OTHER_WEIGHTS, "*/*.safetensors")
 
 _SCHEME = "hf://"
 _URL = re.compile(r"hf://([^/@]+/[^/@]+)(?:@(.+))?")
@@ -108,7 +120,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_NOT_READ)))
     except HFValidationError:
         raise
     except Exception as error:  # what goes wrong in a library that reads settings, files and answers
@@ -183,12 +195,13 @@ def _listing(client: Client, name: str, revision: str | None, url: str, arrival:
 
 
 def _listed(repository: str, siblings: list[dict[str, Any]]) -> dict[str, _Listed]:
-    """Return the files at the top of a listing, those in a folder's sense: no paths, nothing hidden."""
+    """Return the files of a listing that a folder would show: no other paths, nothing hidden."""
     listed: dict[str, _Listed] = {}
     problems = []
     for sibling in siblings:
         name, size = sibling.get("rfilename"), sibling.get("size")
-        if type(name) is not str or not _PLAIN.fullmatch(name) or len(name.encode()) > _MAX_NAME:
+        leaf = leaf_of(name) if type(name) is str else ""
+        if type(name) is not str or not _PLAIN.fullmatch(leaf) or len(leaf.encode()) > _MAX_NAME:
             continue
         if name in listed:
             problems.append(Problem(shown(name), f"is a duplicate in {repository}"))

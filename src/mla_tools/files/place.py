@@ -20,6 +20,7 @@ from mla_tools.errors import ChangedError, CheckpointError, Problem
 
 __all__ = [
     "AGAIN",
+    "TEMPLATES",
     "Bytes",
     "File",
     "Folder",
@@ -31,6 +32,7 @@ __all__ = [
     "as_file",
     "cut_short",
     "identity_of",
+    "leaf_of",
     "pieces",
     "read_whole",
     "shown",
@@ -40,6 +42,10 @@ AGAIN = "Download the file again; an interrupted download leaves files like this
 
 # A buffer of single bytes.
 Bytes = memoryview
+
+# The one folder beside the weights whose files belong to a model: transformers reads templates in it.
+# A name is that of a file at the top, or of one in it: "additional_chat_templates/tool_use.jinja".
+TEMPLATES = "additional_chat_templates"
 Kind = Literal["file", "link", "folder", "gone", "other"]
 
 _MAX_TRANSFER = 1 << 30  # macOS refuses a single read of 2 GiB and more
@@ -59,6 +65,11 @@ class Part(NamedTuple):
     offset: int
     nbytes: int
     sha256: str
+
+
+def leaf_of(name: str) -> str:
+    """Return the last component of a name, which is all of it but for files in the one folder."""
+    return name.removeprefix(f"{TEMPLATES}/")
 
 
 def identity_of(status: os.stat_result) -> Identity:
@@ -112,7 +123,7 @@ class Place(Protocol):
     def revision(self) -> str: ...
 
     def names(self) -> list[str]:
-        """Return the plain names of what lies there, in order, without hidden files."""
+        """Return the names of what lies there, in order, without hidden files."""
 
     def others(self) -> list[str]:
         """Return, in order, what else lies there: hidden files, and folders that `names` lacks ("code/")."""
@@ -137,10 +148,11 @@ class LocalFile:
     path: Path
     identity: Identity | None = None
     part: Part | None = None
+    known: str = ""
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.known or self.path.name
 
     @property
     def stamp(self) -> str:
@@ -275,7 +287,11 @@ class Folder:
             return []
 
     def _entries(self) -> list[str]:
-        return [path.name for path in self.path.iterdir()]
+        names = {path.name for path in self.path.iterdir()}
+        inner = self.path / TEMPLATES
+        if TEMPLATES in names and inner.is_dir() and not inner.is_symlink():
+            names = names - {TEMPLATES} | {f"{TEMPLATES}/{path.name}" for path in inner.iterdir()}
+        return list(names)
 
     def kind(self, name: str) -> Kind:
         path = self.path / name
@@ -295,7 +311,7 @@ class Folder:
         return not any(target.is_relative_to(home) for home in homes)
 
     def file(self, name: str) -> File:
-        return LocalFile(self.path / name)
+        return LocalFile(self.path / name, known=name)
 
     def tag(self, name: str) -> str:
         """Return the hash that the hub gave when it was asked for the file, where hf keeps it.

@@ -13,7 +13,7 @@ from typing import Any
 from mla_tools.distributed import Group, together
 from mla_tools.errors import DamagedError, MlaToolsError
 from mla_tools.files.directory import Directory, longest_name, partial_name, sync
-from mla_tools.files.place import identity_of, shown
+from mla_tools.files.place import identity_of, leaf_of, shown
 from mla_tools.files.writer import sha256_in
 from mla_tools.output.found import Found, find_record
 from mla_tools.output.journal import (
@@ -262,7 +262,7 @@ def _homes(plan: Plan) -> set[Path]:
 def _refuse_long_names(plan: Plan, path: Path) -> None:
     """Raise MlaToolsError if a file of the output has a longer name than its file system takes."""
     most = longest_name(path)
-    long = [name for name in sorted(_made(plan)) if len(os.fsencode(partial_name(name))) > most]
+    long = [name for name in sorted(_made(plan)) if len(os.fsencode(partial_name(leaf_of(name)))) > most]
     if long:
         raise MlaToolsError(
             f"the disk of {path} allows names of up to {most} bytes, and a file has"

@@ -18,7 +18,7 @@ from typing import Any
 from mla_tools.errors import clipped
 from mla_tools.files.index import CONFIG, INDEX
 from mla_tools.files.parsing import parse_object
-from mla_tools.files.place import Place, shown
+from mla_tools.files.place import Place, leaf_of, shown
 from mla_tools.plan import Plan
 
 __all__ = [
@@ -140,7 +140,8 @@ class Record:
 
 
 def _is_plain(name: str) -> bool:
-    """Return whether a text can be the name of a file in a folder, on any system."""
+    """Return whether a text can be the name of a file of an output, on any system."""
+    name = leaf_of(name)
     try:
         name.encode(errors="surrogateescape")  # as names that are no UTF-8 are read
     except UnicodeEncodeError:

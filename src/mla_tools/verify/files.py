@@ -63,7 +63,7 @@ def verify_output(
             problems += open_checkpoint(folder).problems
         except CheckpointError as error:
             problems += error.problems
-    strays, notes = _beside(path, record)
+    strays, notes = _beside(folder, record)
     if problems or strays:
         found = CheckpointError([*problems, *strays])
         if not problems:
@@ -100,20 +100,20 @@ def _record(folder: Folder) -> Record:
         ) from error
 
 
-def _beside(path: Path, record: Record) -> tuple[list[Problem], tuple[str, ...]]:
+def _beside(folder: Folder, record: Record) -> tuple[list[Problem], tuple[str, ...]]:
     """Return problems and notes on what lies in a folder and is not of the conversion."""
     problems, notes = [], []
-    for item in sorted(path.iterdir()):
-        if item.name in record.files or item.name == RECORD:
+    for name in sorted([*folder.names(), *folder.others()]):
+        if name in record.files or name == RECORD:
             continue
-        if _is_beside(item.name):
-            notes.append(f"{shown(item.name)} was not written by the conversion")
+        if _is_beside(name):
+            notes.append(f"{shown(name)} was not written by the conversion")
         else:
-            loads = fnmatchcase(item.name, f"model*{_WEIGHTS}")  # whatever the index says
+            loads = fnmatchcase(name, f"model*{_WEIGHTS}")  # whatever the index says
             what = "was not written by the conversion" + (", and mlx-lm would load it" if loads else "")
             problems.append(
                 Problem(
-                    shown(item.name),
+                    shown(name),
                     what,
                     cause="A model loader may open it: remove it, or move it elsewhere.",
                 )
