@@ -79,5 +79,16 @@ def agreeable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def cancel(self) -> None:
             calls.append("cancel")
 
+    class Opens:
+        def __init__(self, config: Any, companions: Any, *, trusted: bool) -> None:
+            pass
+
+        def said(self) -> str:
+            return ""
+
+        def cancel(self) -> None:
+            pass
+
     monkeypatch.setattr("mla_tools.verify.ManifestCheck", Check)
+    monkeypatch.setattr("mla_tools.verify.TokenizerCheck", Opens)
     return calls

@@ -649,7 +649,7 @@ def test_a_choice_for_embed_q_that_changes_nothing_is_a_note(packed_kv_b: Path) 
     ("keys", "what"),
     [
         ({"quantize": 4}, "quantize and embed_q are a QuantSpec"),
-        ({"embed_q": "8,32"}, 'embed_q as text is "source" or "float"'),
+        ({"embed_q": "8,32"}, 'embed_q as text is "auto", "source" or "float"'),
         ({"dtype": "float16"}, "dtype is a DType"),
         ({"overrides": {"lm_head": QuantSpec()}}, "overrides are a tuple of pairs"),
         ({"overrides": (("lm_head", "6"),)}, "overrides are a tuple of pairs"),

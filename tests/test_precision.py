@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from conversion import convert
+from support import loaded, sample
 
 from mla_tools.precision import expected_error
 from mla_tools.quantization import MODES, QuantSpec
@@ -54,3 +57,34 @@ def test_a_number_that_is_rounded_once_loses_less() -> None:
     assert twice is not None
     assert once is not None
     assert 0 < once < twice
+
+
+# What becomes of K by default: the source's format -> flags -> the encoding of embed_q.
+AUTOMATIC = [
+    pytest.param("fp8-ue8m0", "", "mxfp8", id="fp8-ue8m0"),
+    pytest.param("ct-mxfp4", "", "mxfp8", id="mxfp4"),
+    pytest.param("quark-mxfp4", "", "mxfp8", id="quark-mxfp4"),
+    pytest.param("ct-int4", "", "affine 8-bit g32", id="int4"),
+    pytest.param("awq", "", "affine 8-bit g32", id="awq"),
+    pytest.param("ct-int8", "", "affine 8-bit g32", id="int8"),
+    pytest.param("ct-int4", "--dtype float32", "f32", id="int4-float32"),
+    pytest.param("fp8-ue8m0", "--embed-q auto", "mxfp8", id="auto"),
+]
+
+
+@pytest.mark.parametrize(("fmt", "flags", "wanted"), AUTOMATIC)
+def test_the_smallest_form_that_loses_nothing_is_taken(
+    fmt: str, flags: str, wanted: str, tmp_path: Path
+) -> None:
+    plan = convert(sample("deepseek_v3", fmt), tmp_path / "out", *flags.split())
+    name = "model.layers.0.self_attn.embed_q.weight"
+    (target,) = [each for step in plan.steps for each in step.targets if each.name == name]
+    assert target.codec.name == wanted
+    (cost,) = plan.embed_q_costs
+    assert (cost.error == 0) == (wanted != "affine 8-bit g32")
+    convert(sample("deepseek_v3", fmt), tmp_path / "exact", "-d", "--dtype", "float32")
+    exact, held = loaded(tmp_path / "exact")[name], loaded(tmp_path / "out")
+    found = target.codec.decode(
+        {part: held[stored] for part, stored in target.parts.items()}, 0, target.spec.rows, DType.F32
+    )
+    assert mx.array_equal(found.reshape(exact.shape), exact).item() == (wanted != "affine 8-bit g32")

@@ -27,8 +27,7 @@ from mla_tools.output import INDEX
 from mla_tools.plan import files as plan_files
 from mla_tools.plan import make_plan
 from mla_tools.samples import write_sample
-from mla_tools.verify import ManifestCheck, compare, verify_output
-from mla_tools.verify import manifest as asking
+from mla_tools.verify import ManifestCheck, asking, compare, verify_output
 from mla_tools.verify.child import manifest
 
 Shapes = dict[str, list[int]]

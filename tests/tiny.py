@@ -47,11 +47,12 @@ files.SHARD_BYTES = {SHARD_BYTES}
 writing.CHECKPOINT_BYTES = 1
 folder.SMALL_FILES = 0
 class Agrees:
-    def __init__(self, *given): pass
+    def __init__(self, *given, **named): pass
     def look(self): pass
     def wait(self): pass
     def cancel(self): pass
-verify.ManifestCheck = Agrees
+    def said(self): return ""
+verify.ManifestCheck = verify.TokenizerCheck = Agrees
 sys.exit(__main__.main())
 """
 

@@ -98,16 +98,22 @@ def _convert(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             keep_mtp=args.keep_mtp,
             check_source=args.check_source,
+            trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
     if done.rank:
         return 0
     if args.json:
         _show_values(
-            {"output": str(each.folder), **report.plan_json(each.plan, each.workload)} for each in done
+            {
+                "output": str(each.folder),
+                "tokenizer": done.tokenizer,
+                **report.plan_json(each.plan, each.workload),
+            }
+            for each in done
         )
     else:
-        show("\n".join(map(_summary, done)))
+        show("\n".join([*map(_summary, done), *([done.tokenizer] if done.tokenizer else [])]))
     return 0
 
 
@@ -359,9 +365,9 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add("-d", "--dequantize", action="store_true", help="decode a quantized checkpoint to floats")
     add(
         "--embed-q",
-        metavar="source|float|BITS[,GROUP[,MODE]]",
-        help=f"encoding of the K half of a kv_b_proj that keeps its quantization "
-        f"(default: {EMBED_Q.bits},{EMBED_Q.group_size})",
+        metavar="auto|source|float|BITS[,GROUP[,MODE]]",
+        help=f"encoding of the K half of a kv_b_proj that keeps its quantization (default: auto, the smallest"
+        f" that loses nothing, else {EMBED_Q.bits},{EMBED_Q.group_size})",
     )
     add(
         "--keep-vision",
@@ -390,7 +396,8 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
     add(
         "--trust-remote-code",
         action="store_true",
-        help="accepted for compatibility with mlx_lm.convert; no code in a checkpoint is ever executed",
+        help="convert opens the tokenizer as mlx_lm does, to see whether that works; with this option also"
+        " one that needs the checkpoint's own code. No other code in a checkpoint is ever executed",
     )
 
 

@@ -31,7 +31,7 @@ from mla_tools.output import check_output, how_to_resume, is_unfinished, refuse_
 from mla_tools.plan import MAX_MEMORY, Plan, Steps, Workload, make_mtp_plan, make_plan, steps_of
 
 if TYPE_CHECKING:
-    from mla_tools.verify import ManifestCheck, Verified
+    from mla_tools.verify import ManifestCheck, TokenizerCheck, Verified
 
 __all__ = [
     "MAX_THREADS",
@@ -118,12 +118,15 @@ class Written:
 class Converted:
     """What a conversion wrote: the folder of the model and, with `keep_mtp`, that of its MTP layers.
 
-    `rank` is the number of this process among those that share the work; 0 where there is one.
+    `rank` is the number of this process among those that share the work; 0 where there is one. `tokenizer`
+    is what the user must know of the tokenizer: that mlx-lm cannot open it, or that it was not tried; empty
+    if it opens it.
     """
 
     model: Written
     mtp: Written | None = None
     rank: int = 0
+    tokenizer: str = ""
 
     def __iter__(self) -> Iterator[Written]:
         yield self.model
@@ -174,6 +177,7 @@ def convert(
     overwrite: bool = False,
     keep_mtp: bool = False,
     check_source: bool = False,
+    trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Converted:
     """Write a folder that mlx_lm.load opens, and return what was written.
@@ -182,7 +186,8 @@ def convert(
     `overwrite`, which replaces one that this tool made. With `keep_mtp` the MTP layers go to a second folder,
     OUTPUT-mtp. `max_memory` is the most memory that the process may take, in bytes or as "4GB"; the default
     of `threads` is 2, or 8 over a network; the default of `device` is MLX's. `check_source` first compares
-    the weight files with the hub's hashes.
+    the weight files with the hub's hashes. With `trust_remote_code`, the code of the checkpoint's tokenizer
+    runs in a child process, to see whether it opens; no other code of it ever runs.
 
     `progress` is called in the caller's thread, when the writing of a folder begins and after each piece. An
     exception in it ends the conversion, as any error does. Under `mlx.launch` each process calls this with
@@ -206,7 +211,10 @@ def convert(
         check_output(folders[1], resume=resume, overwrite=overwrite)
     work = plans.with_workloads(max_memory, threads)
     written = []
-    with _class_check(plans.model, group) as check:
+    with (
+        _class_check(plans.model, group) as check,
+        _tokenizer_check(plans.model, group, trusted=trust_remote_code) as opens,
+    ):
         if check_source:
             executing.check_source(plans.model, group)
         with _mlx_as_it_was():
@@ -225,8 +233,9 @@ def convert(
                         agrees=check.wait if check and each is plans.model else lambda: None,
                     )
                 written.append(Written(each, workload, path, anything))
+        tokenizer = opens.said() if opens else ""
     model, *mtp = written
-    return Converted(model, mtp[0] if mtp else None, group.rank)
+    return Converted(model, mtp[0] if mtp else None, group.rank, tokenizer)
 
 
 def verify(folder: str | os.PathLike[str], *, quick: bool = False) -> Verified:
@@ -301,6 +310,19 @@ def _class_check(model: Plan, group: Group) -> Iterator[ManifestCheck | None]:
             from mla_tools.verify import ManifestCheck
 
             check = ManifestCheck(model.config, model.shapes)
+            stack.callback(check.cancel)
+        yield check
+
+
+@contextmanager
+def _tokenizer_check(model: Plan, group: Group, *, trusted: bool) -> Iterator[TokenizerCheck | None]:
+    """Open the tokenizer as mlx-lm does, in the first process alone."""
+    with ExitStack() as stack:
+        check = None
+        if group.rank == 0:
+            from mla_tools.verify import TokenizerCheck
+
+            check = TokenizerCheck(model.config, model.copied, trusted=trusted)
             stack.callback(check.cancel)
         yield check
 

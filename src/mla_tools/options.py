@@ -30,11 +30,11 @@ __all__ = [
 # What config.json and --dtype call the float dtypes.
 DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
 
-EmbedQ = Literal["source", "float"] | QuantSpec
+EmbedQ = Literal["auto", "source", "float"] | QuantSpec
 
 Override = tuple[str, QuantSpec | None]
 
-# The default for a packed K: a tenth of the loss of the source's 4 bits.
+# For a packed K that nothing holds exactly: a tenth of the loss of the source's 4 bits.
 EMBED_Q = QuantSpec("affine", 8, 32)
 
 _MAX_RECIPE = 1 << 20
@@ -46,11 +46,12 @@ class Options:
 
     `dtype`: the dtype of unquantized tensors; None for that of config.json, or else of the checkpoint.
     `quantize` and `quant_predicate`: the target encoding. `embed_q`: the encoding of the K half of a
-    quantized kv_b_proj, whose axis changes: like the source, a QuantSpec, or floats; None for `EMBED_Q` if
-    that is possible. `overrides`: pairs of a regular expression and a QuantSpec, or None for floats, for the
-    modules whose path contains a match; the last match counts. `keep_vision`: copy the vision tensors,
-    which mlx-lm ignores. `layout`: that of the output, "mlx" for what mlx-lm loads. `format`: a format other
-    than MLX's, for everything that can be quantized.
+    quantized kv_b_proj, whose axis changes: like the source, a QuantSpec, or floats; "auto", which is what
+    None means too, is the smallest of these that loses nothing, else `EMBED_Q`. `overrides`: pairs of a
+    regular expression and a QuantSpec, or None for floats, for the modules whose path contains a match; the
+    last match counts. `keep_vision`: copy the vision tensors, which mlx-lm ignores. `layout`: that of the
+    output, "mlx" for what mlx-lm loads. `format`: a format other than MLX's, for everything that can be
+    quantized.
     """
 
     quantize: QuantSpec | None = None
@@ -85,8 +86,8 @@ class Options:
             "quantize and embed_q are a QuantSpec": all(
                 spec is None or isinstance(spec, QuantSpec) for spec in specs
             ),
-            'embed_q as text is "source" or "float"': not isinstance(self.embed_q, str)
-            or self.embed_q in ("source", "float"),
+            'embed_q as text is "auto", "source" or "float"': not isinstance(self.embed_q, str)
+            or self.embed_q in ("auto", "source", "float"),
             "dtype is a DType, such as DType.F16": self.dtype is None or isinstance(self.dtype, DType),
             "overrides are a tuple of pairs: a regular expression, and a QuantSpec or None": all(
                 isinstance(pair, tuple)
@@ -108,7 +109,7 @@ class Options:
             "quant_predicate": self.quant_predicate,
             "dtype": None if self.dtype is None else self.dtype.name,
             "dequantize": self.dequantize,
-            "embed_q": dict(EMBED_Q.config) if embed_q is None else embed_q,
+            "embed_q": embed_q or "auto",
             "overrides": [[pattern, spec and dict(spec.config)] for pattern, spec in self.overrides],
             "keep_vision": self.keep_vision,
             "layout": self.layout,
@@ -137,11 +138,9 @@ class Options:
 
 
 def parse_embed_q(text: str) -> EmbedQ:
-    """Return what "source", "float" or BITS[,GROUP[,MODE]] says; UsageError for anything else."""
-    if text == "source":
-        return "source"
-    if text == "float":
-        return "float"
+    """Return what "auto", "source", "float" or BITS[,GROUP[,MODE]] says; UsageError for anything else."""
+    if text in ("auto", "source", "float"):
+        return text  # type: ignore[return-value]
     return QuantSpec.parse(text)
 
 

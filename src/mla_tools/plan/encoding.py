@@ -12,6 +12,7 @@ from mla_tools.ops import Same
 from mla_tools.options import EMBED_Q, Options
 from mla_tools.plan.gathering import Group
 from mla_tools.plan.matching import VisionTensor
+from mla_tools.precision import expected_error
 from mla_tools.quantization import QuantSpec, recipe_spec
 from mla_tools.rules import Param
 from mla_tools.spec import DType, Spec
@@ -104,8 +105,9 @@ def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
     targets = []
     for output, (name, spec) in enumerate(zip(route.targets(group.key), specs, strict=True)):
         path, keeps = short(name), op.keeps_last_axis(output)
-        choice = _choice(path, route.param, keeps, codecs, options, layers)
-        stored = _stored(choice, spec, route.param, keeps, codecs, options)
+        spec = Spec(spec.shape, _dtype(spec, route.param, options))
+        choice = _choice(path, spec, route.param, keeps, codecs, options, layers)
+        stored = _stored(choice, spec, route.param, keeps, codecs)
         _note(made, path, stored, spec.width)
         made.params[name] = route.param
         targets.append(made_by(op, output, sources, name, Spec(spec.shape, stored.dtype), stored.codec))
@@ -128,37 +130,38 @@ def _note(made: Encoded, path: str, stored: _Stored, width: int) -> None:
         made.indivisible.setdefault((stored.group, width), []).append(path)
 
 
+def _dtype(spec: Spec, param: Param, options: Options) -> DType:
+    """Return the dtype in which a target is computed."""
+    if spec.dtype.kind == "float" and param.cast and options.dtype is not None:
+        return options.dtype
+    return spec.dtype
+
+
 def _stored(
-    choice: _Choice,
-    spec: Spec,
-    param: Param,
-    keeps_last_axis: bool,
-    codecs: Sequence[Codec],
-    options: Options,
+    choice: _Choice, spec: Spec, param: Param, keeps_last_axis: bool, codecs: Sequence[Codec]
 ) -> _Stored:
     """Return how a target of this spec is stored; `codecs` are those of the tensors that it is made of."""
-    dtype, wanted = spec.dtype, choice.wanted
-    if dtype.kind == "float" and param.cast and options.dtype is not None:
-        dtype = options.dtype
-    floats = _Stored(Dense(dtype), dtype, choice)
+    wanted = choice.wanted
+    floats = _Stored(Dense(spec.dtype), spec.dtype, choice)
     if isinstance(wanted, QuantSpec):
         # mlx_lm.convert asks for the group size of -q, whatever a module's own is.
         for group in (choice.all or wanted, wanted):
             if not group.divides(spec.width):
                 return replace(floats, group=group.group_size)
         rows = spec.shape[-2] if param.global_scale and keeps_last_axis else None
-        return _Stored(*stored_as(wanted, dtype, codecs, rows), choice)
+        return _Stored(*stored_as(wanted, spec.dtype, codecs, rows), choice)
     if wanted is not None:
         try:
             wanted.encoded(spec)
         except ValueError:
             return floats
-        return _Stored(wanted, dtype, choice)
+        return _Stored(wanted, spec.dtype, choice)
     return floats
 
 
 def _choice(
     path: str,
+    spec: Spec,
     param: Param,
     keeps_last_axis: bool,
     codecs: Sequence[Codec],
@@ -169,8 +172,8 @@ def _choice(
     if not param.quantizable:
         return _Choice(None)
     if override := options.overriding(path):
-        pattern, spec = override
-        return _Choice(spec, f"The override {pattern!r} asks for it.", pattern)
+        pattern, wanted = override
+        return _Choice(wanted, f"The override {pattern!r} asks for it.", pattern)
     if options.format is not None:
         return _Choice(options.format)
     if options.quantize is not None and not is_exempt(param, options):
@@ -180,12 +183,29 @@ def _choice(
         return _Choice(None)
     if keeps_last_axis:
         return _Choice(native.spec)
-    if options.embed_q is None:
-        return _Choice(EMBED_Q, embed_q=True)
-    if options.embed_q == "float":
-        return _Choice(None, embed_q=True)
-    wanted = native.spec if options.embed_q == "source" else options.embed_q
-    return _Choice(wanted, "embed_q asks for it (--embed-q).", embed_q=True)
+    match options.embed_q:
+        case None | "auto":
+            return _Choice(_lossless(native.spec, spec, codecs), embed_q=True)
+        case "float":
+            return _Choice(None, embed_q=True)
+        case "source":
+            named = native.spec
+        case named:
+            pass
+    return _Choice(named, "embed_q asks for it (--embed-q).", embed_q=True)
+
+
+def _lossless(source: QuantSpec, spec: Spec, codecs: Sequence[Codec]) -> QuantSpec | None:
+    """Return the smallest form that holds decoded rows of another axis without loss, `EMBED_Q` if none does.
+
+    None stands for floats.
+    """
+    in_dtype = all(codec.computes_in is spec.dtype for codec in codecs)
+    for wanted in (source, QuantSpec("mxfp8"), None):
+        divides = wanted is None or wanted.divides(spec.width)
+        if divides and expected_error(source, wanted, spec.dtype, decoded_in_dtype=in_dtype) == 0:
+            return wanted
+    return EMBED_Q
 
 
 def _common(codecs: Collection[Codec], param: Param) -> Native | None:

@@ -10,7 +10,7 @@ from mla_tools.architectures import Family, family_of
 from mla_tools.codecs import FORMATS, Dense, TargetCodec, part_name
 from mla_tools.files.safetensors import layout
 from mla_tools.files.writer import Writer
-from mla_tools.samples.tokenizer import write_json, write_tokenizer
+from mla_tools.samples.tokenizer import write_json, write_tiktoken, write_tokenizer
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ _NEVER_QUANTIZED = (
 
 # The modules beside a language model, which nobody quantizes either.
 _BESIDE = ("vision_tower.", "multi_modal_projector.", "mm_projector.")
+
+# The families whose repositories have a vocabulary for tiktoken, and code of their own that reads it.
+_TIKTOKEN = ("kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear")
 
 _TORCH_DTYPES = {DType.F16: "float16", DType.F32: "float32"}
 
@@ -64,7 +67,10 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     _write_shards(folder, stored, shards)
     write_json(folder / "config.json", written)
-    write_tokenizer(folder)
+    if family.name in _TIKTOKEN:
+        write_tiktoken(folder)
+    else:
+        write_tokenizer(folder)
 
 
 def format_of(tensor: str, shape: tuple[int, ...], family: Family, fmt: str) -> tuple[TargetCodec, DType]:

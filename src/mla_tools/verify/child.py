@@ -6,7 +6,6 @@ process has neither the working directory nor a checkpoint on its path.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from mla_tools.architectures import MODEL_TYPES
+from mla_tools.verify.asking import give
 
 __all__ = ["answer", "manifest", "model_classes"]
 
@@ -32,8 +32,7 @@ def answer(question: Mapping[str, Any]) -> None:
         found: dict[str, Any] = {"manifest": manifest(question["config"], question["stored"])}
     except Exception as error:
         found = {"refused": str(error) or type(error).__name__}
-    with os.fdopen(stdout, "w") as file:
-        json.dump(found, file)
+    give(found, stdout)
 
 
 def manifest(config: Mapping[str, Any], stored: Shapes) -> dict[str, list[int]]:
