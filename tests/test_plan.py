@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conversion import convert
 from listing import checkpoint
@@ -643,6 +644,22 @@ def test_a_choice_for_embed_q_that_changes_nothing_is_a_note(packed_kv_b: Path) 
     (note,) = said("-d", "--embed-q", "8,32")
     assert "no quantized kv_b_proj stays quantized" in note
     assert said("--embed-q", "8,32") == said("-q") == []
+
+
+def test_an_embedding_that_mlx_decodes_to_bfloat16_is_noted_where_floats_are_float32() -> None:
+    def said(*flags: str) -> list[str]:
+        notes = planned(sample("deepseek_v3"), "-q", *flags).notes
+        return [note for note in notes if note.startswith("MLX decodes an embedding in ")]
+
+    mxfp4 = ("--q-mode", "mxfp4", "--dtype", "float32")
+    (note,) = said(*mxfp4)
+    assert note.startswith(
+        "MLX decodes an embedding in mxfp4 to bfloat16, not to float32: model.embed_tokens;"
+    )
+    assert said(*mxfp4, "--q-override", "embed=float") == []
+    assert said(*mxfp4[:2]) == said("--dtype", "float32") == []
+    weights = nn.Embedding(64, 64).to_quantized(mode="mxfp4", group_size=32, bits=4)
+    assert weights(mx.array([1])).dtype == mx.bfloat16  # which is why
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from mla_tools.spec import DType
 from mla_tools.steps import Step
 
 __all__ = ["EmbedQCost", "embed_q_costs", "notes"]
+
+
+# The paths of modules that look up rows, which no input gives a dtype to.
+_EMBEDDING = re.compile(r"(^|\.)(embed|embed_tokens|word_embeddings|embedders\.\d+)$")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def notes(
         *_vision(encoded, family),
         *_requantized(encoded.steps, options),
         *_narrower_integers(encoded.steps),
+        *_narrower_embeddings(encoded.steps, options),
         *_disagreeing_sections(config),
         *_disagreeing_tensors(encoded.steps, config),
         *(_cost_text(cost, options) for cost in embed_q_costs(encoded.steps)),
@@ -137,6 +143,20 @@ def _narrower_integers(steps: Sequence[Step]) -> Iterator[str]:
         yield (
             f"stored as {before_name} and written as {after}, which the model class reads; a number that"
             f" does not fit ends the conversion: {', '.join(fold_names(names))}"
+        )
+
+
+def _narrower_embeddings(steps: Sequence[Step], options: Options) -> Iterator[str]:
+    """Note which embeddings MLX decodes to bfloat16 although floats are to be float32."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for target in (target for step in steps for target in step.targets):
+        native = target.codec.native
+        if native is not None and native.spec.mode != "affine" and _EMBEDDING.search(target.label):
+            found[native.spec.mode].append(target.label)
+    for mode, names in found.items() if options.dtype is DType.F32 else ():
+        yield (
+            f"MLX decodes an embedding in {mode} to bfloat16, not to float32: {', '.join(fold_names(names))};"
+            " --q-override embed=float keeps it in float32"
         )
 
 
