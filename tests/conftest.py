@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -79,6 +80,15 @@ def pytest_collection_finish() -> None:
     """Keep the collector of garbage away from what is there for good: all modules, and all tests."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Let no test wait for a disk: what a sync is good for, the power cuts in forgetful.py show."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What is no open file is an error still.
+        patch.setattr(os, "fsync", lambda fd: os.fstat(fd) and None)
+        yield
 
 
 @pytest.fixture

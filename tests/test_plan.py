@@ -15,8 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import support
 from conversion import convert
 from listing import checkpoint
+from pairs import pairs, product
 from safetensors import safe_open
 
 from mla_tools.architectures import MODEL_TYPES, table_of
@@ -53,9 +55,7 @@ CASES = [
 def sample(family: str) -> Path:
     """Return a sample of a family: "deepseek_v3" in bf16, "deepseek_v3-fp8" in FP8."""
     name, _, fmt = family.partition("-")
-    folder = Path(mkdtemp()) / family
-    write_sample(name, folder, fmt or "bf16")
-    return folder
+    return support.sample(name, fmt or "bf16")
 
 
 def options(*flags: str) -> Options:
@@ -423,8 +423,10 @@ def quantized(family: str, *flags: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
-@pytest.mark.parametrize("family", MODEL_TYPES)
+MODES = ["affine", "mxfp4", "mxfp8", "nvfp4"]
+
+
+@pytest.mark.parametrize(("family", "mode"), product(MODEL_TYPES, MODES, pairs(MODEL_TYPES, MODES, times=1)))
 def test_a_quantized_source_is_kept_bit_for_bit(family: str, mode: str) -> None:
     folder = quantized(family, "--q-mode", mode)
     plan = planned(folder)
