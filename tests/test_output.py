@@ -759,8 +759,11 @@ def test_a_request_to_end_is_followed_and_it_says_how_to_go_on(
     waiting = CHILD.replace(
         "sys.exit(",
         """
-import contextlib, signal
+import contextlib, os, signal
 from mla_tools import cli
+woken, wakes = os.pipe()
+os.set_blocking(wakes, False)
+signal.set_wakeup_fd(wakes)  # a signal that comes just before the wait ends it too
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have had ignored
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 @contextlib.contextmanager
@@ -768,7 +771,7 @@ def telling():
     def show(progress):
         if progress.done:
             print("written", flush=True)
-            signal.pause()
+            os.read(woken, 1)
     yield show
 cli.telling = telling
 sys.exit(""",
