@@ -46,7 +46,7 @@ LONGEST = (
     "test_golden.py",
     "test_console.py",
     "test_output.py",
-    "test_sample.py",
+    "test_samples.py",
     "test_distributed.py",
     "test_overflow.py",
     "test_memory.py",
