@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -14,6 +20,15 @@ from oracle import unchanged
 # BLAS of both libraries wait for one another would double the time. Read when they are imported.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# Many tests start the command. Where Python is told to keep no compiled files, each child would compile the
+# whole package again; for the tests they are kept in a folder that is removed afterwards.
+if sys.flags.dont_write_bytecode and not sys.pycache_prefix:
+    compiled = mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = compiled
+    sys.dont_write_bytecode = False
+    del os.environ["PYTHONDONTWRITEBYTECODE"]
 
 # A slow machine is no defect: speed is measured in benchmarks.
 settings.register_profile("mla-tools", deadline=None)
@@ -31,7 +46,7 @@ LONGEST = (
     "test_golden.py",
     "test_console.py",
     "test_output.py",
-    "test_sample.py",
+    "test_samples.py",
     "test_distributed.py",
     "test_overflow.py",
     "test_memory.py",
@@ -59,6 +74,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = {item for item in items if any(map(item.get_closest_marker, rare))}
         config.hook.pytest_deselected(items=[*left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector of garbage away from what is there for good: all modules, and all tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Let no test wait for a disk: what a sync is good for, the power cuts in forgetful.py show."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What is no open file is an error still.
+        patch.setattr(os, "fsync", lambda fd: os.fstat(fd) and None)
+        yield
 
 
 @pytest.fixture

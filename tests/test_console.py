@@ -99,12 +99,15 @@ BUSY = """
 import os, signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+woken, wakes = os.pipe()
+os.set_blocking(wakes, False)
+signal.set_wakeup_fd(wakes)  # a signal that comes just before the wait ends it too
 from mla_tools import __main__, execute
 
 def work(plan, output, workload, device, progress):
     try:
         print("working", flush=True)
-        signal.pause()
+        os.read(woken, 1)
     finally:
         print("ending", flush=True)
         sys.stdin.readline()

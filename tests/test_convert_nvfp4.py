@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 from pairs import pairs, product
 from support import loaded
+from support import sample as dense_sample
 
 import mla_tools
 from mla_tools import plan
@@ -65,9 +66,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
     def folder(family: str, fmt: str) -> Path:
         if (family, fmt) not in made:
             place = tmp_path_factory.mktemp("samples")
-            write_sample(family, place / "dense")
-            tensors = one_by_one(loaded(place / "dense"))
-            config = json.loads((place / "dense" / "config.json").read_text())
+            dense = dense_sample(family)
+            tensors = one_by_one(loaded(dense))
+            config = json.loads((dense / "config.json").read_text())
             made[family, fmt] = place / family
             write_checkpoint(place / family, config, tensors, fmt)
         return made[family, fmt]

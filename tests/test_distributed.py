@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,28 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "script.py"
     path.write_text(SCRIPT)
     return path
+
+
+@pytest.fixture(scope="module")
+def unfinished(script: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what two ranks leave, of which one has died."""
+    out = tmp_path_factory.mktemp("unfinished") / "out"
+    said = run(script, source, out, ranks=2, dies_after=12)
+    assert "rank 1 exited" in said
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(script: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return what one process writes that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(script, source, out)
+    return contents(out)
 
 
 def run(script: Path, source: Path, out: Path, *flags: str, ranks: int = 1, dies_after: int = -1) -> str:
@@ -69,17 +87,15 @@ def test_two_ranks_write_the_bytes_of_one(script: Path, source: Path, tmp_path: 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_dies_leaves_a_folder_that_can_be_gone_on_with(
-    ranks: int, script: Path, source: Path, tmp_path: Path
+    ranks: int, script: Path, source: Path, unfinished: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    run(script, source, tmp_path / "one")
     out = tmp_path / "out"
-    said = run(script, source, out, ranks=2, dies_after=12)
-    assert "rank 1 exited" in said
+    shutil.copytree(unfinished, out)
     assert not list(out.glob("*.safetensors"))
     assert not (out / "config.json").exists()
     assert len(list(out.glob("mla_tools.journal-*.jsonl"))) == 2
     run(script, source, out, "--resume", ranks=ranks)
-    assert contents(out) == contents(tmp_path / "one")
+    assert contents(out) == whole
 
 
 def test_all_ranks_hear_of_what_one_cannot_do(script: Path, source: Path, tmp_path: Path) -> None:

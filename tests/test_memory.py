@@ -16,7 +16,13 @@ from mla_tools.plan import SLAB_ELEMENTS, make_plan
 from mla_tools.samples import write_sample
 
 # A vocabulary of several slabs, and experts that are less than one.
-SIZES = {"vocab_size": 24_000, "hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 2}
+SIZES = {
+    "vocab_size": 17_000,
+    "hidden_size": 1024,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 0,
+}
 
 # format, flags, budget
 CASES = [

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from pairs import pairs, product
 
 from mla_tools.codecs import FORMATS
 from mla_tools.errors import MlaToolsError
@@ -136,12 +137,15 @@ def short(name: str) -> str:
 # --- every format ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [F16_DECODED, F16_QUANTIZED], ids=["decoded", "quantized"])
-@pytest.mark.parametrize("place", [(DOWN, (3, 5)), (EXPERT, (3, 5)), K, V], ids=["down", "expert", "k", "v"])
-@pytest.mark.parametrize("fmt", WIDE)
-def test_a_number_beyond_float16_ends_the_run(
-    fmt: str, place: tuple[str, tuple[int, ...]], options: Options, planted: Planted
-) -> None:
+# Where the number is, and what becomes of it: a step of each kind, decoded and quantized again.
+PLACES = {"down": (DOWN, (3, 5)), "expert": (EXPERT, (3, 5)), "k": K, "v": V}
+HOW = {"decoded": F16_DECODED, "quantized": F16_QUANTIZED}
+STEPS = [f"{place}-{how}" for place in PLACES for how in HOW]
+
+
+@pytest.mark.parametrize(("fmt", "step"), product(WIDE, STEPS, pairs(WIDE, STEPS, times=3)))
+def test_a_number_beyond_float16_ends_the_run(fmt: str, step: str, planted: Planted) -> None:
+    place, options = PLACES[step.partition("-")[0]], HOW[step.partition("-")[2]]
     sentence = refused(planted(fmt, {place: -1e5}), options)
     assert sentence.startswith(f"{short(place[0])}: numbers as large as ")
     assert sentence.endswith(ENDS)

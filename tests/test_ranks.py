@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from launching import run_ranks
+from pairs import ONLY_IN_ALL
 from tiny import CHILD, JOURNALS, child, digests, uninterrupted, write_tiny
 
 from mla_tools.distributed import Alone, launched
@@ -63,8 +64,16 @@ SENTENCES = {
 }
 
 
-@pytest.mark.parametrize("waits", [False, True], ids=["at once", "while the other waits to publish"])
-@pytest.mark.parametrize("fault", SENTENCES)
+# What fails and when have nothing to do with each other.
+FAULTS = [
+    pytest.param("full", False, id="full-at once"),
+    pytest.param("unforeseen", True, id="unforeseen-while the other waits to publish"),
+    pytest.param("unforeseen", False, id="unforeseen-at once", marks=ONLY_IN_ALL),
+    pytest.param("full", True, id="full-while the other waits to publish", marks=ONLY_IN_ALL),
+]
+
+
+@pytest.mark.parametrize(("fault", "waits"), FAULTS)
 def test_when_one_rank_fails_all_end_and_nothing_has_its_final_name(
     fault: str, waits: bool, source: Path, wanted: dict[str, str], tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ def dtypes(folder: Path) -> dict[str, str]:
     return {name: stored.spec.dtype.name for name, stored in open_checkpoint(folder).tensors.items()}
 
 
-PAIRS = pairs(MODEL_TYPES, FORMATS, PUBLISHED)
+PAIRS = pairs(MODEL_TYPES, FORMATS, PUBLISHED, times=1)
 
 
 @pytest.mark.parametrize(("family", "fmt"), product(MODEL_TYPES, FORMATS, PAIRS))

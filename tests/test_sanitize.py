@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import support
+from pairs import pairs, product
 from support import loaded, mlx_lm_reads, same
 
 import mla_tools
@@ -105,8 +106,11 @@ def load_strictly(weights: Weights, config: Config, spec: QuantSpec, **others: Q
 # --- floats ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [name for name in MODEL_TYPES if mlx_lm_reads(name)])
-@pytest.mark.parametrize("fmt", ["bf16", "f32"])
+READ = [name for name in MODEL_TYPES if mlx_lm_reads(name)]
+FLOATS = ["bf16", "f32"]
+
+
+@pytest.mark.parametrize(("family", "fmt"), product(READ, FLOATS, pairs(READ, FLOATS, times=1)))
 def test_dense_equals_mlx_lms_own_sanitize(family: str, fmt: str, sample: Sample) -> None:
     weights, config = sample(family, fmt)
     model = model_of({**config, "model_type": SANITIZED_AS.get(family, config["model_type"])})

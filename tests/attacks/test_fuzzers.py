@@ -15,6 +15,7 @@ from attacks import outputs
 from attacks.mutations import OPTIONS, SEEDS, check, mutated, seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import ONLY_IN_ALL
 
 HERE = Path(__file__).parent
 
@@ -62,10 +63,13 @@ def test_every_moment_of_an_output_can_be_acted_on() -> None:
 
 
 if ATHERIS:
+    SHORT = {"fuzz_headers.py": 5000, "fuzz_plans.py": 200, "fuzz_outputs.py": 300}
+    LONGER = [
+        pytest.param(fuzzer, 4 * runs, id=f"{fuzzer}-longer", marks=ONLY_IN_ALL)
+        for fuzzer, runs in SHORT.items()
+    ]
 
-    @pytest.mark.parametrize(
-        ("fuzzer", "runs"), [("fuzz_headers.py", 20_000), ("fuzz_plans.py", 600), ("fuzz_outputs.py", 1000)]
-    )
+    @pytest.mark.parametrize(("fuzzer", "runs"), [*SHORT.items(), *LONGER])
     def test_a_short_run_of_a_fuzzer_finds_nothing(fuzzer: str, runs: int, tmp_path: Path) -> None:
         # By a shell, because the largest size of this process would count as that of its children.
         by_shell = ["sh", "-c", '"$@"; exit $?', "sh"]

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mla_tools.verify.ManifestCheck", Agrees)
 
 
+@cache
 def states() -> dict[str, Files]:
     """Return a folder of each kind: empty, begun, half done, sealed, half published, cleared and finished."""
     made = {name: files for name, files in bench().states.items() if files}
