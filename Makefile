@@ -9,6 +9,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Hundreds of tests start Python: where it keeps no compiled files, each would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo demo-v4 test test-all oracle check golden clean
 
 demo: .venv/runtime

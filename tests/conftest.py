@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -20,15 +16,6 @@ from oracle import unchanged
 # BLAS of both libraries wait for one another would double the time. Read when they are imported.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
-
-# Many tests start the command. Where Python is told to keep no compiled files, each child would compile the
-# whole package again; for the tests they are kept in a folder that is removed afterwards.
-if sys.flags.dont_write_bytecode and not sys.pycache_prefix:
-    compiled = mkdtemp(prefix="compiled-")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = compiled
-    sys.dont_write_bytecode = False
-    del os.environ["PYTHONDONTWRITEBYTECODE"]
 
 # A slow machine is no defect: speed is measured in benchmarks.
 settings.register_profile("mla-tools", deadline=None)
