@@ -137,9 +137,9 @@ def test_cancel_ends_the_child_and_may_come_twice() -> None:
     check = ManifestCheck({"model_type": "deepseek_v3"}, {})
     child = check._child
     check.cancel()
-    assert child.poll() is not None
-    assert check._out.closed
-    assert check._err.closed
+    assert child._process.poll() is not None
+    assert child._out.closed
+    assert child._err.closed
     check.cancel()
 
 
@@ -147,11 +147,11 @@ def test_a_look_waits_for_nothing_and_raises_what_is_known(source: Path, tmp_pat
     config, shapes = output(source, tmp_path / "out")
     for stored, agrees in ((shapes, True), ({}, False)):
         check = ManifestCheck(config, stored)
-        os.kill(check._child.pid, signal.SIGSTOP)
+        os.kill(check._child._process.pid, signal.SIGSTOP)
         check.look()
-        os.kill(check._child.pid, signal.SIGCONT)
+        os.kill(check._child._process.pid, signal.SIGCONT)
         try:
-            check._child.wait()
+            check._child._process.wait()
             with nullcontext() if agrees else pytest.raises(CheckpointError):
                 check.look()
             with nullcontext() if agrees else pytest.raises(CheckpointError):
