@@ -98,6 +98,16 @@ class Codec(Protocol):
         """The dtype in which `decode` computes where that is asked for; None: float32, rounded once."""
         return None
 
+    @property
+    def is_mlx(self) -> bool:
+        """Whether the parts are those of a quantized module of MLX."""
+        return False
+
+    @property
+    def is_unpacked_by_mlx_lm(self) -> bool:
+        """Whether mlx_lm.load makes the parts of a quantized module of these, if their names stay."""
+        return False
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         """Return the stored parts of a tensor of this spec; ValueError where it cannot be stored so."""
         ...

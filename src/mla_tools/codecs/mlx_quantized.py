@@ -70,6 +70,10 @@ class MlxQuantized(TargetCodec):
         return Native(self.spec, self.dtype, self.expert_rows is not None)
 
     @property
+    def is_mlx(self) -> bool:
+        return True
+
+    @property
     def computes_in(self) -> DType | None:
         return self.dtype if self.spec.has_biases else None
 
