@@ -35,7 +35,7 @@ PICTURE: dict[str, set[str]] = {
     "report": {"files", "plan", "rules", "verify"},
     "console": set(),
     "isolation": set(),
-    "weights": {"architectures", "ops", "options", "plan", "spec", "transform"},
+    "weights": {"architectures", "files", "ops", "options", "plan", "spec", "transform"},
     "kv_b": {"codecs", "mla", "ops", "quantization", "spec", "steps", "transform"},
     "execute": {"distributed", "files", "ops", "output", "plan", "transform"},
     "transform": {"codecs", "ops", "overflow", "spec", "steps"},

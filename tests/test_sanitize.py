@@ -16,10 +16,11 @@ from pairs import pairs, product
 from support import loaded, mlx_lm_reads, same
 
 import mla_tools
-from mla_tools import CheckpointError, Options, QuantSpec
+from mla_tools import CheckpointError, MlaToolsError, Options, QuantSpec, transform
 from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.codecs import FORMATS
 from mla_tools.convert import plan
+from mla_tools.kernels import decode_e4m3
 from mla_tools.ops import SplitKvB
 from mla_tools.plan import make_steps
 from mla_tools.samples import sample_config
@@ -284,6 +285,63 @@ def test_mixed_widths_keep_their_own(sample: Sample) -> None:
     assert found is not None
     assert {key: found[key] for key in section} == section
     assert name not in found
+
+
+# --- experts decoded together ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("elements", [1, 50_000, 1 << 40])
+def test_experts_that_are_decoded_together_have_the_same_bits(
+    elements: int, fmt: str, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, config = sample("deepseek_v3", fmt)
+    with monkeypatch.context() as patched:
+        patched.setattr(transform, "_joined", lambda step, weights: None)
+        wanted = [mla_tools.sanitize(weights, config, embed_q="float", packed=how) for how in (True, False)]
+    monkeypatch.setattr(transform, "_TOGETHER", elements)
+    for how, made in zip((True, False), wanted, strict=True):
+        assert_same(mla_tools.sanitize(weights, config, embed_q="float", packed=how), made)
+
+
+def test_experts_of_which_one_is_stored_in_another_way(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", "fp8")
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    dense = sample("deepseek_v3", "bf16")[0][name]
+    made = mla_tools.sanitize(weights, config)
+    del weights[f"{name}_scale_inv"]
+    mixed = mla_tools.sanitize({**weights, name: dense}, config)
+    for key, array in made.items():
+        if key == "model.layers.2.mlp.switch_mlp.up_proj.weight":
+            assert same(mx.contiguous(mixed[key][3]), dense)
+            assert same(mx.contiguous(mixed[key][2]), mx.contiguous(array[2]))
+        else:
+            assert same(mixed[key], array)
+
+
+def test_a_stack_is_decoded_once(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, config = sample("deepseek_v3", "fp8")
+    rows = []
+
+    def decode(codes: mx.array) -> mx.array:
+        rows.append(codes.shape[0])
+        return decode_e4m3(codes)
+
+    monkeypatch.setattr("mla_tools.codecs.fp8_block.decode_e4m3", decode)
+    mla_tools.sanitize(weights, config)
+    codes = [name for name, array in weights.items() if array.dtype == mx.uint8]
+    experts = [name for name in codes if ".experts." in name]
+    stacks = len(experts) // config["n_routed_experts"]
+    assert len(rows) == len(codes) - len(experts) + stacks < len(codes)
+    assert sum(rows) == sum(weights[name].shape[0] for name in codes)
+
+
+def test_the_expert_whose_scale_is_at_fault_is_named(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", "fp8-ue8m0")
+    name = "model.layers.2.mlp.experts.5.up_proj.weight_scale_inv"
+    weights[name] = mx.full(weights[name].shape, 255, mx.uint8)
+    with pytest.raises(MlaToolsError, match=r"^model\.layers\.2\.mlp\.experts\.5\.up_proj: .* powers of two"):
+        mla_tools.sanitize(weights, config)
 
 
 # --- manners -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tools.architectures import Family
 from mla_tools.errors import CheckpointError, Problem
+from mla_tools.files.checkpoint import no_collector
 from mla_tools.ops import Same
 from mla_tools.options import EmbedQ, Options
 from mla_tools.plan import Step, Steps, make_steps
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["quantization_of", "sanitize"]
 
 
+@no_collector()
 def sanitize(
     weights: Mapping[str, mx.array],
     config: Any,

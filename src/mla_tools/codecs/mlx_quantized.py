@@ -77,6 +77,9 @@ class MlxQuantized(TargetCodec):
     def computes_in(self) -> DType | None:
         return self.dtype if self.spec.has_biases else None
 
+    def stacked(self, spec: Spec) -> Codec | None:
+        return self if self.expert_rows is None else None
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, width = spec.shape
         groups = (*head, self.spec.groups(width))
