@@ -36,6 +36,7 @@ PICTURE: dict[str, set[str]] = {
     "console": set(),
     "isolation": set(),
     "weights": {"architectures", "files", "ops", "options", "plan", "spec", "transform"},
+    "integrations": {"architectures", "isolation", "mla", "weights"},
     "kv_b": {"codecs", "mla", "ops", "quantization", "spec", "steps", "transform"},
     "execute": {"distributed", "files", "ops", "output", "plan", "transform"},
     "transform": {"codecs", "ops", "overflow", "spec", "steps"},
@@ -75,7 +76,17 @@ PICTURE: dict[str, set[str]] = {
     "names": set(),
 }
 
-FOLDERS = {"architectures", "codecs", "files", "models", "output", "plan", "samples", "verify"}
+FOLDERS = {
+    "architectures",
+    "codecs",
+    "files",
+    "integrations",
+    "models",
+    "output",
+    "plan",
+    "samples",
+    "verify",
+}
 
 # Folders that never import one another.
 APART = {"architectures", "codecs", "files"}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from mla_tools.architectures import Family
+from mla_tools.architectures import family_of
 from mla_tools.errors import CheckpointError, Problem
 from mla_tools.files.checkpoint import no_collector
 from mla_tools.ops import Same
@@ -22,15 +22,14 @@ from mla_tools.transform import whole
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["quantization_of", "sanitize"]
+__all__ = ["as_converted", "quantization_of", "sanitize"]
 
 
-@no_collector()
 def sanitize(
     weights: Mapping[str, mx.array],
     config: Any,
     *,
-    embed_q: EmbedQ = "source",
+    embed_q: EmbedQ | None = "source",
     packed: bool = True,
     strict: bool = False,
 ) -> dict[str, mx.array]:
@@ -44,25 +43,42 @@ def sanitize(
     all weights must be there and no others.
 
     Packed weights stay packed wherever their last axis stays, and `embed_q` says what becomes of the K half
-    of a quantized kv_b_proj. The model must then be quantized as `quantization_of` says. With
-    `packed=False`, only MLX's own quantization stays packed, which config.json names; other formats are
-    decoded. AWQ tensors that keep their name stay as stored, because `mlx_lm.load` unpacks these after
-    `sanitize`. Float dtypes are kept; FP8 becomes bfloat16.
+    of a quantized kv_b_proj; None is what `convert` does by default. The model must then be quantized as
+    `quantization_of` says. With `packed=False`, only MLX's own quantization stays packed, which config.json
+    names; other formats are decoded. AWQ tensors that keep their name stay as stored, because `mlx_lm.load`
+    unpacks these after `sanitize`. Float dtypes are kept; FP8 becomes bfloat16.
 
     Raises CheckpointError that lists every tensor that is a duplicate or of another shape, or lacks
     scales, and every set that is there in part, such as 3 of 4 experts; with `strict` also every tensor
     that is unknown or missing.
     """
     keys = _keys(config)
-    made = _steps(weights, keys, embed_q, packed=packed, strict=strict)
+    result = as_converted(weights, keys, embed_q=embed_q, packed=packed, strict=strict)
+    if _is_untied(keys):
+        result = {name: array for name, array in result.items() if not name.startswith("lm_head.")}
+    return result
+
+
+@no_collector()
+def as_converted(
+    weights: Mapping[str, mx.array],
+    config: Mapping[str, Any],
+    *,
+    embed_q: EmbedQ | None = None,
+    packed: bool = True,
+    strict: bool = False,
+) -> dict[str, mx.array]:
+    """Return what `sanitize` does, but for the class of the config that `convert` would write.
+
+    The two differ where that class has an output head of its own, and the one of `config` is tied.
+    """
+    made = _steps(weights, config, embed_q, packed=packed, strict=strict)
     result: dict[str, mx.array] = {}
     for step in made.steps:
         if packed or not _is_unpacked_later(step):
             result |= whole(step, weights)
         else:
             result |= {name: weights[name] for name in step.sources[0].parts.values()}
-    if _is_untied(made.family, keys):
-        result = {name: array for name, array in result.items() if not name.startswith("lm_head.")}
     return result | {name: weights[name] for name in made.foreign}
 
 
@@ -88,7 +104,7 @@ def _keys(config: Any) -> dict[str, Any]:
 def _steps(
     weights: Mapping[str, mx.array],
     config: Mapping[str, Any],
-    embed_q: EmbedQ,
+    embed_q: EmbedQ | None,
     *,
     packed: bool = True,
     strict: bool = False,
@@ -114,7 +130,7 @@ def _is_unpacked_later(step: Step) -> bool:
     return stays and all(codec.is_unpacked_by_mlx_lm for codec in step.codecs)
 
 
-def _is_untied(family: Family, config: Mapping[str, Any]) -> bool:
+def _is_untied(config: Mapping[str, Any]) -> bool:
     """Whether `convert` writes an output head that the class of this config, being tied, has no place for."""
-    tied = "tie_word_embeddings"
+    family, tied = family_of(config), "tie_word_embeddings"
     return bool(family.numbers(config).get(tied)) and not family.rewritten(config).get(tied)
