@@ -21,8 +21,9 @@ from typing import Any
 
 from mla_tools.architectures import MODEL_TYPES
 from mla_tools.integrations.mlx_lm.classes import Classes, classes_for
+from mla_tools.integrations.mlx_lm.sharding import shard, shard_layer
 
-__all__ = ["disable", "enable"]
+__all__ = ["disable", "enable", "shard", "shard_layer"]
 
 # What was replaced in mlx_lm.utils, by name.
 _replaced: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Tensor parallelism for the classes of mlx-lm that have no `shard`."""
+"""Tensor parallelism for the classes of mlx-lm: heads, and the inner widths of MLPs and experts."""
 
 from __future__ import annotations
 
@@ -10,84 +10,125 @@ from mla_tools.mla import shard_mla_projections
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["shard"]
+__all__ = ["shard", "shard_layer"]
 
-# Projections whose rows are those of heads, by the names that the classes give them.
-_OF_HEADS = (
-    "q_proj",
-    "q_b_proj",
-    "k_proj",
-    "v_proj",
-    "kv_b_proj",
-    "b_proj",
-    "f_proj",
-    "f_b_proj",
-    "g_proj",
-    "g_b_proj",
-)
+# Projections whose rows are those of heads, by the names that the classes give them, with the number of
+# tensors that lie in one.
+_OF_HEADS = {
+    "q_proj": 1,
+    "q_b_proj": 1,
+    "k_proj": 1,
+    "v_proj": 1,
+    "qkv_proj": 3,
+    "kv_b_proj": 1,
+    "b_proj": 1,
+    "f_proj": 1,
+    "f_b_proj": 1,
+    "g_proj": 1,
+    "g_b_proj": 1,
+}
+_CONVOLUTIONS = {
+    "q_conv": 1,
+    "k_conv": 1,
+    "v_conv": 1,
+    "qkv_conv": 3,
+    "q_conv1d": 1,
+    "k_conv1d": 1,
+    "v_conv1d": 1,
+}
 _OUTPUT = ("o_proj", "dense")
-_CONVOLUTIONS = ("q_conv", "k_conv", "v_conv", "q_conv1d", "k_conv1d", "v_conv1d")
-# How many channels or heads a module counts with.
-_COUNTS = ("num_heads", "projection_dim", "projection_size")
 
 
 def shard(model: Any, group: mx.distributed.Group | None = None) -> None:
     """Return nothing: each layer of `model` keeps the heads and the inner widths of this rank.
 
-    `model` is one of mlx-lm's kimi_linear, bailing_moe_v3, kimi_vl, mistral3, minicpm3 or youtu_llm, with its
-    weights. Its attention is divided by heads, delta attention too, MLPs and experts by their inner width;
-    embeddings, norms, routers and the output head are whole on each rank. `group` is all ranks by default.
+    `model` is an MLA model of mlx-lm with its weights. Its attention is divided by heads, delta attention
+    too, MLPs and experts by their inner width; embeddings, norms, routers, indexers and the output head are
+    whole on each rank. `group` is all ranks by default.
 
     Raises ValueError, with `model` as it was, when the number of ranks does not divide the heads.
     """
     import mlx.core as mx
 
     group = group or mx.distributed.init()
-    inner = getattr(model, "language_model", model)
-    layers = inner.model.layers
-    attentions = [getattr(layer, "self_attn", None) or layer.attention for layer in layers]
+    attentions = [attention for layer in model.layers for attention in _attentions(layer)]
     for attention in attentions:
-        # Before anything is changed.
-        if attention.num_heads % group.size():
-            owner = type(attention).__name__
-            raise ValueError(
-                f"{owner}.num_heads = {attention.num_heads} heads cannot be shared by {group.size()} ranks"
-            )
-    for layer, attention in zip(layers, attentions, strict=True):
+        _refuse_uneven(attention, group)
+    for attention in attentions:
+        if "embed_q" in attention:
+            shard_mla_projections(attention, group, _heads_attr(attention))
+    for layer in model.layers:
+        shard_layer(layer, group)
+
+
+def shard_layer(layer: Any, group: mx.distributed.Group) -> None:
+    """Return nothing: a layer keeps this rank's part of all but embed_q, unembed_out and their head count.
+
+    These are for `shard_mla_projections`, which comes first, for it says so when ranks do not divide the
+    heads. Raises ValueError when they do not divide those of another attention.
+    """
+    for attention in _attentions(layer):
         _shard_attention(attention, group)
-        if hasattr(layer.mlp, "switch_mlp"):
-            layer.mlp = _shard_experts(layer.mlp, group)
+    for mlp in (*getattr(layer, "mlps", ()), layer.mlp):
+        if hasattr(mlp, "switch_mlp"):
+            _shard_experts(mlp, group)
         else:
-            _shard_mlp(layer.mlp, group)
+            _shard_mlp(mlp, group)
+
+
+def _attentions(layer: Any) -> list[Any]:
+    found = layer.attention if "attention" in layer else layer.self_attn
+    return found if isinstance(found, list) else [found]
+
+
+def _heads_attr(attention: Any) -> str:
+    return "num_heads" if hasattr(attention, "num_heads") else "num_attention_heads"
+
+
+def _refuse_uneven(attention: Any, group: mx.distributed.Group) -> None:
+    name = _heads_attr(attention)
+    heads, ranks = getattr(attention, name), group.size()
+    if heads % ranks:
+        raise ValueError(
+            f"{type(attention).__name__}.{name} = {heads} heads cannot be shared by {ranks} ranks"
+        )
 
 
 def _shard_attention(attention: Any, group: mx.distributed.Group) -> None:
-    import mlx.core as mx
     from mlx.nn.layers.distributed import shard_linear
 
-    ranks, rank = group.size(), group.rank()
-    whole = attention.num_heads
-    if "embed_q" in attention:
-        shard_mla_projections(attention, group)
+    if "embed_q" not in attention:
+        _refuse_uneven(attention, group)
     for name in _present(attention, _OF_HEADS):
-        attention[name] = shard_linear(attention[name], "all-to-sharded", group=group)
+        attention[name] = shard_linear(
+            attention[name], "all-to-sharded", segments=_OF_HEADS[name], group=group
+        )
     for name in _present(attention, _OUTPUT):
         attention[name] = shard_linear(attention[name], "sharded-to-all", group=group)
     for name in _present(attention, _CONVOLUTIONS):
         # One filter for each channel.
-        convolution = attention[name] if "conv" not in attention[name] else attention[name].conv
-        convolution.weight = mx.contiguous(mx.split(convolution.weight, ranks)[rank])
-        convolution.groups //= ranks
+        convolution = attention[name].conv if "conv" in attention[name] else attention[name]
+        convolution.weight = _part(convolution.weight, 0, group, _CONVOLUTIONS[name])
+        convolution.groups //= group.size()
     if "A_log" in attention:
-        axis = attention.A_log.shape.index(whole)
-        attention.A_log = mx.contiguous(mx.split(attention.A_log, ranks, axis=axis)[rank])
+        attention.A_log = _part(attention.A_log, attention.A_log.shape.index(attention.num_heads), group)
     if "dt_bias" in attention:
-        attention.dt_bias = mx.contiguous(mx.split(attention.dt_bias, ranks)[rank])
-    for name in _COUNTS:
-        if getattr(attention, name, None) is not None and not (
-            name == "num_heads" and "embed_q" in attention
-        ):
-            setattr(attention, name, getattr(attention, name) // ranks)
+        attention.dt_bias = _part(attention.dt_bias, 0, group)
+    if "embed_q" not in attention:
+        for name in ("num_heads", "projection_dim", "projection_size"):
+            if hasattr(attention, name):
+                setattr(attention, name, getattr(attention, name) // group.size())
+
+
+def _part(array: mx.array, axis: int, group: mx.distributed.Group, segments: int = 1) -> mx.array:
+    """Return the part of this rank of each of the segments of an array along an axis."""
+    import mlx.core as mx
+
+    parts = [
+        mx.split(each, group.size(), axis=axis)[group.rank()] for each in mx.split(array, segments, axis=axis)
+    ]
+    # A slice alone would keep the whole in memory.
+    return mx.contiguous(mx.concatenate(parts, axis=axis))
 
 
 def _shard_mlp(mlp: Any, group: mx.distributed.Group) -> None:
@@ -98,8 +139,8 @@ def _shard_mlp(mlp: Any, group: mx.distributed.Group) -> None:
     mlp.down_proj = shard_linear(mlp.down_proj, "sharded-to-all", group=group)
 
 
-def _shard_experts(mlp: Any, group: mx.distributed.Group) -> Any:
-    """Return a mixture of experts whose ranks have a part of each expert, and add up what they compute."""
+def _shard_experts(mlp: Any, group: mx.distributed.Group) -> None:
+    """Give each rank a part of each expert, and have the ranks add up what they compute."""
     from mlx.nn.layers.distributed import shard_inplace
 
     shared = getattr(mlp, "shared_experts", None)
@@ -111,7 +152,6 @@ def _shard_experts(mlp: Any, group: mx.distributed.Group) -> Any:
         mlp.sharding_group = group
     else:
         mlp.__class__ = _summed(type(mlp), group)
-    return mlp
 
 
 def _summed(kind: Any, group: mx.distributed.Group) -> Any:
