@@ -35,7 +35,8 @@ PICTURE: dict[str, set[str]] = {
     "report": {"files", "plan", "rules", "verify"},
     "console": set(),
     "isolation": set(),
-    "weights": {"architectures", "options", "plan", "spec", "transform"},
+    "weights": {"architectures", "files", "ops", "options", "plan", "spec", "transform"},
+    "integrations": {"architectures", "isolation", "mla", "weights"},
     "kv_b": {"codecs", "mla", "ops", "quantization", "spec", "steps", "transform"},
     "execute": {"distributed", "files", "ops", "output", "plan", "transform"},
     "transform": {"codecs", "ops", "overflow", "spec", "steps"},
@@ -75,7 +76,17 @@ PICTURE: dict[str, set[str]] = {
     "names": set(),
 }
 
-FOLDERS = {"architectures", "codecs", "files", "models", "output", "plan", "samples", "verify"}
+FOLDERS = {
+    "architectures",
+    "codecs",
+    "files",
+    "integrations",
+    "models",
+    "output",
+    "plan",
+    "samples",
+    "verify",
+}
 
 # Folders that never import one another.
 APART = {"architectures", "codecs", "files"}

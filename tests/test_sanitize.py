@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import support
+from mlx_lm.utils import load_model
 from pairs import pairs, product
 from support import loaded, mlx_lm_reads, same
 
 import mla_tools
-from mla_tools import CheckpointError, QuantSpec
+from mla_tools import CheckpointError, MlaToolsError, Options, QuantSpec, transform
 from mla_tools.architectures import MODEL_TYPES, table_of
+from mla_tools.codecs import FORMATS
+from mla_tools.convert import plan
+from mla_tools.kernels import decode_e4m3
 from mla_tools.ops import SplitKvB
+from mla_tools.plan import make_steps
 from mla_tools.samples import sample_config
+from mla_tools.spec import spec_of
 from mla_tools.verify.child import model_classes
 
 Weights = dict[str, mx.array]
@@ -273,6 +280,71 @@ def test_mixed_widths_keep_their_own(sample: Sample) -> None:
     made = mla_tools.sanitize(packed, config)
     for part, array in zip(("weight", "scales", "biases"), parts, strict=True):
         assert same(made[f"{name}.{part}"], array)
+    section = {"group_size": 32, "bits": 6, "mode": "affine"}
+    found = mla_tools.quantization_of(made, config)
+    assert found == {**QuantSpec().config, name: section}
+    # The source's config.json says which of them is the default.
+    found = mla_tools.quantization_of(made, {**config, "quantization": section})
+    assert found is not None
+    assert {key: found[key] for key in section} == section
+    assert name not in found
+
+
+# --- experts decoded together ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("elements", [1, 50_000, 1 << 40])
+def test_experts_that_are_decoded_together_have_the_same_bits(
+    elements: int, fmt: str, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, config = sample("deepseek_v3", fmt)
+    with monkeypatch.context() as patched:
+        patched.setattr(transform, "_joined", lambda step, weights: None)
+        wanted = [mla_tools.sanitize(weights, config, embed_q="float", packed=how) for how in (True, False)]
+    monkeypatch.setattr(transform, "_TOGETHER", elements)
+    for how, made in zip((True, False), wanted, strict=True):
+        assert_same(mla_tools.sanitize(weights, config, embed_q="float", packed=how), made)
+
+
+def test_experts_of_which_one_is_stored_in_another_way(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", "fp8")
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    dense = sample("deepseek_v3", "bf16")[0][name]
+    made = mla_tools.sanitize(weights, config)
+    del weights[f"{name}_scale_inv"]
+    mixed = mla_tools.sanitize({**weights, name: dense}, config)
+    for key, array in made.items():
+        if key == "model.layers.2.mlp.switch_mlp.up_proj.weight":
+            assert same(mx.contiguous(mixed[key][3]), dense)
+            assert same(mx.contiguous(mixed[key][2]), mx.contiguous(array[2]))
+        else:
+            assert same(mixed[key], array)
+
+
+def test_a_stack_is_decoded_once(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, config = sample("deepseek_v3", "fp8")
+    rows = []
+
+    def decode(codes: mx.array) -> mx.array:
+        rows.append(codes.shape[0])
+        return decode_e4m3(codes)
+
+    monkeypatch.setattr("mla_tools.codecs.fp8_block.decode_e4m3", decode)
+    mla_tools.sanitize(weights, config)
+    codes = [name for name, array in weights.items() if array.dtype == mx.uint8]
+    experts = [name for name in codes if ".experts." in name]
+    stacks = len(experts) // config["n_routed_experts"]
+    assert len(rows) == len(codes) - len(experts) + stacks < len(codes)
+    assert sum(rows) == sum(weights[name].shape[0] for name in codes)
+
+
+def test_the_expert_whose_scale_is_at_fault_is_named(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", "fp8-ue8m0")
+    name = "model.layers.2.mlp.experts.5.up_proj.weight_scale_inv"
+    weights[name] = mx.full(weights[name].shape, 255, mx.uint8)
+    with pytest.raises(MlaToolsError, match=r"^model\.layers\.2\.mlp\.experts\.5\.up_proj: .* powers of two"):
+        mla_tools.sanitize(weights, config)
 
 
 # --- manners -----------------------------------------------------------------------------------------
@@ -309,12 +381,190 @@ def test_order_does_not_matter(sample: Sample) -> None:
     assert_same(made, again)
 
 
+# --- a part of a checkpoint --------------------------------------------------------------------------
+
+
+def without_layers(weights: Mapping[str, mx.array], number: int) -> Weights:
+    lie_there = re.compile(rf"(?:^|\.)layers\.{number}\.")
+    return {name: array for name, array in weights.items() if not lie_there.search(name)}
+
+
+@each_family
+def test_nothing_gives_nothing(family: str, sample: Sample) -> None:
+    _, config = sample(family)
+    assert mla_tools.sanitize({}, config) == {}
+    assert mla_tools.quantization_of({}, config) is None
+    with pytest.raises(CheckpointError):
+        mla_tools.sanitize({}, config, strict=True)
+
+
+@each_family
+@pytest.mark.parametrize("layer", [0, 1])
+def test_some_layers_give_what_all_give_of_them(family: str, layer: int, sample: Sample) -> None:
+    weights, config = sample(family, "f32")
+    wanted = without_layers(mla_tools.sanitize(weights, config, strict=True), layer)
+    part = without_layers(weights, layer)
+    assert 0 < len(part) < len(weights)
+    assert_same(mla_tools.sanitize(part, config), wanted)
+
+
+def test_a_half_gathered_set_is_named(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    for part in ("up", "gate"):
+        del weights[f"model.layers.2.mlp.experts.5.{part}_proj.weight"]
+    del weights["model.norm.weight"]
+    assert problems(weights, config, strict=False) == {
+        "model.layers.2.mlp.switch_mlp.up_proj": "expert 5 is missing",
+        "model.layers.2.mlp.switch_mlp.gate_proj": "expert 5 is missing",
+    }
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.uint32, mx.uint8, mx.bool_], ids=str)
+def test_what_no_rule_names_stays_as_it_is(dtype: mx.Dtype, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    others = {
+        "my_projector.weight": mx.zeros((4, 4)).astype(dtype),
+        "my_projector.scales": mx.zeros((4, 1)),
+        "model.layers.0.self_attn.q_a_proj.lora_a": mx.zeros((4, 4)),
+    }
+    made = mla_tools.sanitize({**weights, **others}, config)
+    assert_same(made, {**mla_tools.sanitize(weights, config), **others})
+    assert all(made[name] is array for name, array in others.items())
+    assert len(problems({**weights, **others}, config)) == len(others)
+
+
+def test_mtp_layers_that_are_not_proved_to_be_some_stay_as_they_are(sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    layer = {
+        n: a for n, a in loaded(support.sample("deepseek_v3")).items() if n.startswith("model.layers.4.")
+    }
+    (marker,) = (name for name in layer if name.endswith("eh_proj.weight"))
+    del layer[marker]
+    made = mla_tools.sanitize({**weights, **layer}, config)
+    assert_same(made, {**mla_tools.sanitize(weights, config), **layer})
+    specs = {name: spec for name, array in layer.items() if (spec := spec_of(array)) is not None}
+    steps = make_steps(specs, config, Options(), partial=True)
+    assert not steps.drops
+    assert sorted(steps.foreign) == sorted(layer)
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "ct-int4", "awq", "quark-mxfp4"])
+def test_a_part_of_a_weight_in_some_format_is_a_problem(fmt: str, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", fmt)
+    name = "model.layers.0.mlp.down_proj"
+    parts = [part for part in weights if part.startswith(f"{name}.")]
+    assert len(parts) >= 2
+    for part in parts:
+        # The shape that compressed-tensors stores beside the codes says nothing that they do not say.
+        if not part.endswith("weight_shape"):
+            found = problems({n: a for n, a in weights.items() if n != part}, config, strict=False)
+            assert any(subject.startswith(name) for subject in found), part
+
+
+# --- in mlx_lm.load ----------------------------------------------------------------------------------
+
+# load_model refuses these by their config.json, or dies where sanitize has left nothing to be unpacked.
+REFUSED = {"ct-fp8-channel", "ct-fp8-block", "gptq"}
+LOADED = [fmt for fmt in FORMATS if fmt not in REFUSED]
+# AWQ in the classes for which mlx-lm has no sanitize that stacks or splits something.
+UNPACKED = ["minicpm3", "youtu_llm"]
+
+
+def load(family: str, fmt: str, sanitize: Callable[[Weights, Config], Weights] | None) -> Any:
+    """Return the model that mlx_lm's load_model makes of a sample with this sanitize, or the class's own.
+
+    `sanitize` gets the config that load_model goes on with.
+    """
+
+    def with_it(config: Config) -> tuple[Any, Any]:
+        config.update({**(MODEL_TYPES[family].defaults or {}), **config})
+        config.setdefault("model_type", MODEL_TYPES[family].model_type)
+        model_class, args_class = classes(config)
+        if sanitize is not None:
+            members = {"sanitize": lambda _, weights: sanitize(weights, config)}
+            model_class = type("Model", (model_class,), members)
+        return model_class, args_class
+
+    return load_model(support.sample(family, fmt), lazy=True, get_model_classes=with_it)[0]
+
+
+def parameters(model: Any) -> Weights:
+    return dict(nn.utils.tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize(("family", "fmt"), product(MODEL_TYPES, LOADED, pairs(MODEL_TYPES, LOADED)))
+def test_mlx_lm_loads_what_is_decoded(family: str, fmt: str) -> None:
+    made: Weights = {}
+
+    def sanitize(weights: Weights, config: Config) -> Weights:
+        made.update(mla_tools.sanitize(weights, config, packed=False))
+        return made
+
+    model = load(family, fmt, sanitize)
+    if fmt != "awq":
+        assert_same(parameters(model), made)
+        assert not any(array.dtype == mx.uint32 for array in made.values())
+
+
+@pytest.mark.parametrize(("family", "fmt"), product(MODEL_TYPES, FORMATS, pairs(MODEL_TYPES, FORMATS)))
+def test_mlx_lm_loads_what_is_packed_with_its_quantization(family: str, fmt: str) -> None:
+    made: Weights = {}
+
+    def sanitize(weights: Weights, config: Config) -> Weights:
+        # The K half of int8 in groups of 128 has no encoding like its source's.
+        made.update(mla_tools.sanitize(weights, config, embed_q="float"))
+        config.pop("quantization_config", None)
+        config["quantization"] = mla_tools.quantization_of(made, config)
+        return made
+
+    model = load(family, fmt, sanitize)
+    assert_same(parameters(model), made)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt not in ("bf16", "f32")])
+def test_the_quantization_is_that_of_a_conversion(fmt: str, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3", fmt)
+    found = mla_tools.quantization_of(mla_tools.sanitize(weights, config, embed_q="float"), config)
+    planned = plan(support.sample("deepseek_v3", fmt), Options(embed_q="float")).model
+    assert found == planned.config.get("quantization")
+
+
+@each_family
+def test_a_decoded_weight_has_the_numbers_of_the_packed_one(family: str, sample: Sample) -> None:
+    weights, config = sample(family, "fp8-ue8m0")
+    packed = mla_tools.sanitize(weights, config)
+    decoded = mla_tools.sanitize(weights, config, packed=False)
+    found = 0
+    for name in decoded:
+        path = name.removesuffix(".weight")
+        if path != name and f"{path}.scales" in packed and ".embed_q" not in name:
+            parts = packed[name], packed[f"{path}.scales"]
+            number = mx.dequantize(*parts, group_size=32, bits=8, mode="mxfp8").astype(mx.bfloat16)
+            assert same(decoded[name], number), name
+            found += 1
+    assert found >= 4
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_what_mlx_has_quantized_stays_packed(mode: str, sample: Sample) -> None:
+    weights, config = sample("deepseek_v3")
+    packed = quantized(weights, SPECS[mode])
+    assert_same(mla_tools.sanitize(packed, config, packed=False), mla_tools.sanitize(packed, config))
+
+
+@pytest.mark.parametrize("family", UNPACKED)
+def test_awq_is_unpacked_by_mlx_lm(family: str) -> None:
+    ours = load(family, "awq", lambda weights, config: mla_tools.sanitize(weights, config, packed=False))
+    assert_same(parameters(ours), parameters(load(family, "awq", None)))
+    assert any(array.dtype == mx.uint32 for array in parameters(ours).values())
+
+
 # --- errors ------------------------------------------------------------------------------------------
 
 
-def problems(weights: Weights, config: Config) -> dict[str, str]:
+def problems(weights: Weights, config: Config, *, strict: bool = True) -> dict[str, str]:
     with pytest.raises(CheckpointError) as caught:
-        mla_tools.sanitize(weights, config)
+        mla_tools.sanitize(weights, config, strict=strict)
     return {problem.subject: problem.what for problem in caught.value.problems}
 
 

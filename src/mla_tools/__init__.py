@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mla_tools.options import Options
     from mla_tools.quantization import QuantSpec
     from mla_tools.spec import DType
-    from mla_tools.weights import sanitize
+    from mla_tools.weights import quantization_of, sanitize
 
     __version__: str
 
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "convert",
     "merge_kv_b_proj_weights",
+    "quantization_of",
     "sanitize",
     "shard_mla_projections",
     "split_kv_b_proj_weights",
@@ -45,6 +46,7 @@ _HOMES = {
     "QuantSpec": "quantization",
     "UsageError": "errors",
     "merge_kv_b_proj_weights": "kv_b",
+    "quantization_of": "weights",
     "sanitize": "weights",
     "shard_mla_projections": "mla",
     "split_kv_b_proj_weights": "kv_b",

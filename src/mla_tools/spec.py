@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -98,7 +99,13 @@ class Spec(NamedTuple):
 _HELD = {dtype.mlx.rstrip("_"): dtype for dtype in DType if not dtype.name.startswith("F8")}
 
 
+@lru_cache(maxsize=1024)
+def _spec(shape: tuple[int, ...], dtype: mx.Dtype) -> Spec | None:
+    held = _HELD.get(str(dtype).rpartition(".")[2])
+    return None if held is None else Spec(shape, held)
+
+
 def spec_of(array: mx.array) -> Spec | None:
     """Return the spec of an array as `mx.load` gives it; None where no checkpoint holds its dtype."""
-    dtype = _HELD.get(str(array.dtype).rpartition(".")[2])
-    return None if dtype is None else Spec(tuple(array.shape), dtype)
+    # A hundred thousand tensors have a dozen specs.
+    return _spec(array.shape, array.dtype)

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs import repacking
+from mla_tools.codecs import part_name, repacking
 from mla_tools.errors import DataError, MlaToolsError
-from mla_tools.ops import Block, Slab
+from mla_tools.ops import Block, Concat, Slab, Stack
 from mla_tools.overflow import floats_of, holds_infinity, is_narrower, refuse_far_apart, refuse_infinite
 from mla_tools.spec import DType, Spec
 from mla_tools.steps import Source, Step, Target
@@ -23,17 +23,58 @@ __all__ = ["named", "transform", "whole"]
 
 Parts = Mapping[str, "mx.array"]
 
+# Sources that are stacked are decoded together, up to so many elements: operations of their own for each of
+# tens of thousands of experts take seconds and a gigabyte. More would take too much memory when evaluated.
+_TOGETHER = 1 << 27
+
 
 def whole(step: Step, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Return the stored tensors that a step makes of those among `weights`, by name and unevaluated."""
+    if joined := _joined(step, weights):
+        # Where it fails, the sources are gone through one by one, to name the one that is at fault.
+        with suppress(MlaToolsError):
+            return _whole(*joined)
+    return _whole(
+        step,
+        [{part: _rows(weights[name]) for part, name in source.parts.items()} for source in step.sources],
+    )
+
+
+def _joined(step: Step, weights: Mapping[str, mx.array]) -> tuple[Step, list[Parts]] | None:
+    """Return a step that does the same with stacks of the sources, and the parts of these; None if none."""
+    (_, spec, codec, held), *others = step.sources
+    if not others or step.op != Stack():
+        return None
+    stacked = codec.stacked(spec)
+    alike = all(other[2] is codec and other[3] == held and other[1] == spec for other in others)
+    if stacked is None or not alike:
+        return None
+    sources: list[Source] = []
+    parts: list[Parts] = []
+    count = max(1, _TOGETHER // spec.size)
+    for start in range(0, len(step.sources), count):
+        names = [source[0] for source in step.sources[start : start + count]]
+        sources.append(Source(names[0], Spec((len(names), *spec.shape), spec.dtype), stacked, held))
+        parts.append({part: _stacked([weights[part_name(name, part)] for name in names]) for part in held})
+    op = Concat(tuple(source.spec.shape[0] for source in sources))
+    return Step(op, tuple(sources), step.targets), parts
+
+
+def _stacked(arrays: list[mx.array]) -> mx.array:
+    """Return the rows of a stack of arrays, as two axes."""
+    import mlx.core as mx
+
+    # An axis of its own would be one operation more for each.
+    return mx.concatenate(arrays, axis=0) if arrays[0].ndim == 2 else _rows(mx.stack(arrays))
+
+
+def _rows(array: mx.array) -> mx.array:
+    return array.reshape(-1, array.shape[-1] if array.ndim else 1)
+
+
+def _whole(step: Step, parts: Sequence[Parts]) -> dict[str, mx.array]:
+    """Return the stored tensors that a step makes of all rows of its sources."""
     slab = Slab(_blocks([source.spec for source in step.sources]), _blocks([t.spec for t in step.targets]))
-    parts = [
-        {
-            part: weights[name].reshape(-1, weights[name].shape[-1] if weights[name].ndim else 1)
-            for part, name in source.parts.items()
-        }
-        for source in step.sources
-    ]
     result: dict[str, mx.array] = {}
     for target, made in zip(step.targets, transform(step, slab, parts), strict=True):
         stored = target.stored()

@@ -55,6 +55,10 @@ class Awq(TargetCodec):
     def native(self) -> Native | None:
         return affine_form(_BITS, self.group, DType.F32)
 
+    @property
+    def is_unpacked_by_mlx_lm(self) -> bool:
+        return True
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         rows, width = spec.shape
         if rows % _PER_WORD or width % self.group:

@@ -98,6 +98,24 @@ class Codec(Protocol):
         """The dtype in which `decode` computes where that is asked for; None: float32, rounded once."""
         return None
 
+    @property
+    def is_mlx(self) -> bool:
+        """Whether the parts are those of a quantized module of MLX."""
+        return False
+
+    @property
+    def is_unpacked_by_mlx_lm(self) -> bool:
+        """Whether mlx_lm.load makes the parts of a quantized module of these, if their names stay."""
+        return False
+
+    def stacked(self, spec: Spec) -> Codec | None:
+        """Return the codec of a stack of tensors of this spec, whose parts are stacks of theirs.
+
+        It gives the same numbers, bit for bit. None where there is no such codec.
+        """
+        del spec
+        return None
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         """Return the stored parts of a tensor of this spec; ValueError where it cannot be stored so."""
         ...

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mla_tools.codecs.codec import Claim, Module, Rows, Sample, TargetCodec
+from mla_tools.codecs.codec import Claim, Codec, Module, Rows, Sample, TargetCodec
 from mla_tools.spec import DType, Spec
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ class Dense(TargetCodec):
     @property
     def quantized(self) -> bool:
         return False
+
+    def stacked(self, spec: Spec) -> Codec | None:
+        return self
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         return {"weight": Spec(spec.shape, self.dtype)}

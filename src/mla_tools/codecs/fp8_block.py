@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mla_tools.codecs.codec import Native, Parts, Quantized, Rows, TargetCodec, refuse
+from mla_tools.codecs.codec import Codec, Native, Parts, Quantized, Rows, TargetCodec, refuse
 from mla_tools.errors import MlaToolsError
 from mla_tools.kernels import decode_e4m3, decode_e8m0
 from mla_tools.quantization import QuantSpec
@@ -81,6 +81,9 @@ class Fp8Block(TargetCodec):
         # Floats that are declared to be powers of two can be anything.
         return MXFP8 if self.packs else None
 
+    def stacked(self, spec: Spec) -> Codec | None:
+        return None if self.experts else replace(self, experts=spec.rows)
+
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, rows, width = spec.shape
         if not self.experts:
@@ -103,9 +106,14 @@ class Fp8Block(TargetCodec):
     def decode(self, parts: Mapping[str, mx.array], start: int, stop: int, dtype: DType) -> mx.array:
         import mlx.core as mx
 
-        codes = parts["weight"]
-        scales = self._of_rows(_floats(parts[self.part], self.scales), start, stop)
-        values = decode_e4m3(codes)
+        values = decode_e4m3(parts["weight"])
+        scales = _floats(parts[self.part], self.scales)
+        if self._is_tiled(start, stop, values.shape[-1]):
+            tall, wide = self.block
+            tiles = values.reshape(-1, tall, values.shape[-1] // wide, wide)
+            tiles = tiles * scales[:, None, :, None]
+            return tiles.reshape(values.shape).astype(getattr(mx, dtype.mlx))
+        scales = self._of_rows(scales, start, stop)
         if self.block[1] == WHOLE or values.shape[-1] % self.block[1]:
             values = values * self._spread(scales, values.shape[-1], 1)
         else:
@@ -195,6 +203,13 @@ class Fp8Block(TargetCodec):
             before = row // self.experts * self._down(self.experts)
             row = row % self.experts
         return before if self.block[0] == WHOLE else before + row // self.block[0]
+
+    def _is_tiled(self, start: int, stop: int, width: int) -> bool:
+        """Whether rows start..stop are whole blocks, each with a scale of its own."""
+        tall, wide = self.block
+        if WHOLE in self.block or self.axes < 2:
+            return False
+        return not (start % tall or stop % tall or self.experts % tall or width % wide)
 
     def _of_rows(self, scales: mx.array, start: int, stop: int) -> mx.array:
         """Return the scales of each of the rows start..stop, [rows, blocks], from the stored scales."""

@@ -70,8 +70,15 @@ class MlxQuantized(TargetCodec):
         return Native(self.spec, self.dtype, self.expert_rows is not None)
 
     @property
+    def is_mlx(self) -> bool:
+        return True
+
+    @property
     def computes_in(self) -> DType | None:
         return self.dtype if self.spec.has_biases else None
+
+    def stacked(self, spec: Spec) -> Codec | None:
+        return self if self.expert_rows is None else None
 
     def encoded(self, spec: Spec) -> dict[str, Spec]:
         *head, width = spec.shape

@@ -59,7 +59,8 @@ class Steps:
     """What becomes of each tensor, with everything that was found wrong or worth saying on the way.
 
     `tensors` are all that were claimed, also those with which something is wrong. `layouts` counts those
-    whose names are known by the layouts that hold them so; several are alike there.
+    whose names are known by the layouts that hold them so; several are alike there. `foreign` are stored
+    tensors that are nothing of the family's.
     """
 
     family: Family
@@ -69,6 +70,7 @@ class Steps:
     layouts: Mapping[tuple[str, ...], int]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
 
     @property
     def steps(self) -> list[Step]:
@@ -155,14 +157,20 @@ def make_steps(
     lost: Mapping[str, str] | None = None,
     blind: bool = False,
     family: Family | None = None,
+    partial: bool = False,
+    packed: bool = True,
 ) -> Steps:
     """Return what becomes of each stored tensor; problems are collected, not raised.
 
     `lost` names tensors that an index promises and that cannot be read, with the reason; `blind` says
-    that some of them could not even be named, so missing tensors are expected. Raises
+    that some of them could not even be named, so missing tensors are expected. With `partial`, the
+    tensors are some of a checkpoint, and others may be among them, which become `foreign`. Without
+    `packed`, formats that are not MLX's own are decoded. Raises
     CheckpointError only where the config is of no known family or lacks the numbers of a table.
     """
-    return _make_steps(stored.items(), config, options, lost or {}, blind, family)
+    return _make_steps(
+        stored.items(), config, options, lost or {}, blind, family, partial=partial, packed=packed
+    )
 
 
 def _make_steps(
@@ -172,19 +180,23 @@ def _make_steps(
     lost: Mapping[str, str],
     blind: bool,
     family: Family | None,
+    *,
+    partial: bool = False,
+    packed: bool = True,
 ) -> Steps:
     with no_collector():
         family, table = table_of(config, family)
         if options.layout != table.layout:
             table = _aimed(table, options.layout, family)
-        claimed = claim(stored, _section(family, config), table)
-        matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost)
-        gathered = gather(matched, table, lost, blind=blind)
-        encoded = encode(gathered.groups, matched.vision, options, table.layers())
+        claimed = claim(stored, _section(family, config), table, partial=partial)
+        matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost, partial=partial)
+        gathered = gather(matched, table, lost, blind=blind, partial=partial)
+        encoded = encode(gathered.groups, matched.vision, options, table.layers(), packed=packed)
         encoded.steps.sort(key=lambda step: natural(step.targets[0].name))
         stages = (claimed, matched, gathered, encoded)
         problems = (*family.refusals(config), *(problem for stage in stages for problem in stage.problems))
-        found = notes(encoded, family, config, options, matched.dropped_layers, whole=not (problems or lost))
+        whole = not (problems or lost or partial)
+        found = notes(encoded, family, config, options, matched.dropped_layers, whole=whole)
         return Steps(
             family,
             tuple(source for source, _ in claimed.tensors),
@@ -193,6 +205,7 @@ def _make_steps(
             matched.layouts,
             problems,
             tuple(found),
+            tuple(matched.foreign),
         )
 
 

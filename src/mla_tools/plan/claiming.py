@@ -7,26 +7,48 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mla_tools.codecs import Codec, Dense, Module, bundle, lacking, part_name
+from mla_tools.codecs import SCALES, Codec, Dense, Module, bundle, lacking, part_name
 from mla_tools.errors import Problem
 from mla_tools.spec import Spec
 from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
-__all__ = ["Claimed", "claim"]
+__all__ = ["Claimed", "claim", "is_foreign"]
 
 
 @dataclass
 class Claimed:
-    """The tensors of a checkpoint, each with the place of its name in the table, and what is left out."""
+    """The tensors of a checkpoint, each with the place of its name in the table, and what is left out.
+
+    `foreign`: the stored tensors that are nothing of this table's, where these are no problem.
+    """
 
     tensors: list[tuple[Source, Match | None]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], table: Table) -> Claimed:
-    """Return the tensors that stored tensors are; `section` is what config.json says of them."""
+def is_foreign(name: str, spec: Spec, table: Table) -> bool:
+    """Whether a stored tensor that no rule knows can be nothing of this table's.
+
+    Codes and scales of a module whose weight the table knows are part of that weight, in some format.
+    """
+    is_part = spec.dtype.kind != "float" or spec.dtype.bits == 8 or name.endswith(SCALES)
+    return not is_part or table.lookup(f"{name.rpartition('.')[0]}.weight") is None
+
+
+def claim(
+    stored: Iterable[tuple[str, Spec]],
+    section: Mapping[str, object],
+    table: Table,
+    *,
+    partial: bool = False,
+) -> Claimed:
+    """Return the tensors that stored tensors are; `section` is what config.json says of them.
+
+    With `partial`, tensors that the table does not know are no problem.
+    """
     made = Claimed()
     # For each module its leaves and their specs in turn: lists, because there are hundreds of thousands.
     modules: dict[str, list[Any]] = {}
@@ -50,6 +72,9 @@ def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], tab
         if answer is None:
             leaves = dict(zip(held[::2], held[1::2], strict=True))
             answer = seen[look] = _answer(Module(leaves, width, section))
+        if answer.fault and partial and weight is None:
+            made.foreign += [prefix + leaf for leaf in held[::2]]
+            continue
         if answer.fault:
             made.problems.append(
                 Problem(module, "its stored tensors do not fit together", found=answer.fault)
@@ -60,6 +85,9 @@ def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], tab
             if unread is not None and table.route(unread) is None:
                 # Whatever it is, it is left out.
                 made.tensors.append((_plain(prefix + leaf, spec), unread))
+                continue
+            if partial and unread is None and is_foreign(prefix + leaf, spec, table):
+                made.foreign.append(prefix + leaf)
                 continue
             made.problems.append(Problem(prefix + leaf, "cannot be read", found=f"{spec}", cause=reason))
         for leaf, spec, reason in answer.drops:

@@ -11,7 +11,7 @@ from mla_tools.codecs import Quantized, config_keys
 from mla_tools.options import DTYPES, Options
 from mla_tools.plan.encoding import Encoded
 
-__all__ = ["brief", "changes", "output_config"]
+__all__ = ["brief", "changes", "output_config", "quantization_keys"]
 
 
 def output_config(
@@ -34,8 +34,16 @@ def output_config(
             new[place].pop(key, None)
     if options.dtype is not None:
         new["torch_dtype"] = next(name for name, dtype in DTYPES.items() if dtype is options.dtype)
-    new |= config_keys(_quantized(encoded, options, old if isinstance(old, Mapping) else {}))
+    new |= quantization_keys(encoded, options, old)
     return dict(sorted(new.items()))
+
+
+def quantization_keys(encoded: Encoded, options: Options, source: object) -> dict[str, Any]:
+    """Return the keys of config.json that say how the tensors are stored; {} where all are floats.
+
+    `source`: what MLX wrote of the quantization into the source's config, if it did.
+    """
+    return config_keys(_quantized(encoded, options, source if isinstance(source, Mapping) else {}))
 
 
 def _quantized(encoded: Encoded, options: Options, source: Mapping[str, Any]) -> Quantized:

@@ -72,16 +72,24 @@ class _Stored:
     group: int | None = None
 
 
-def encode(groups: Sequence[Group], vision: Sequence[VisionTensor], options: Options, layers: int) -> Encoded:
+def encode(
+    groups: Sequence[Group],
+    vision: Sequence[VisionTensor],
+    options: Options,
+    layers: int,
+    *,
+    packed: bool = True,
+) -> Encoded:
     """Return the steps that make the targets of complete applications, and of copied vision tensors.
 
-    `layers` is their number in the model, by which predicates for single layers count.
+    `layers` is their number in the model, by which predicates for single layers count. Without `packed`, a
+    format that is not MLX's own is decoded.
     """
     made = Encoded()
     for each in vision:
         made.steps.append(_copied(each, made))
     for group in groups:
-        made.steps.append(_step(group, options, layers, made))
+        made.steps.append(_step(group, options, layers, made, packed=packed))
     return made
 
 
@@ -98,7 +106,7 @@ def _copied(tensor: VisionTensor, made: Encoded) -> Step:
     return Step(Same(), (source,), (Target(name, source.spec, codec, {"weight": name}, word, moved),))
 
 
-def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
+def _step(group: Group, options: Options, layers: int, made: Encoded, *, packed: bool) -> Step:
     route, sources, op = group.route, group.sources, group.route.op
     specs = op.infer([source.spec for source in sources])
     codecs = list({source.codec: None for source in sources})
@@ -106,7 +114,7 @@ def _step(group: Group, options: Options, layers: int, made: Encoded) -> Step:
     for output, (name, spec) in enumerate(zip(route.targets(group.key), specs, strict=True)):
         path, keeps = short(name), op.keeps_last_axis(output)
         spec = Spec(spec.shape, _dtype(spec, route.param, options))
-        choice = _choice(path, spec, route.param, keeps, codecs, options, layers)
+        choice = _choice(path, spec, route.param, keeps, codecs, options, layers, packed=packed)
         stored = _stored(choice, spec, route.param, keeps, codecs)
         _note(made, path, stored, spec.width)
         made.params[name] = route.param
@@ -167,6 +175,8 @@ def _choice(
     codecs: Sequence[Codec],
     options: Options,
     layers: int,
+    *,
+    packed: bool,
 ) -> _Choice:
     """Return what the options say of a module."""
     if not param.quantizable:
@@ -178,7 +188,8 @@ def _choice(
         return _Choice(options.format)
     if options.quantize is not None and not is_exempt(param, options):
         return _quantized(path, param, layers, options)
-    native = None if param.raw or options.dequantize else _common(codecs, param)
+    decoded = param.raw or options.dequantize or not (packed or all(codec.is_mlx for codec in codecs))
+    native = None if decoded else _common(codecs, param)
     if native is None:
         return _Choice(None)
     if keeps_last_axis:

@@ -36,10 +36,13 @@ class Gathered:
     problems: list[Problem] = field(default_factory=list)
 
 
-def gather(matched: Matched, table: Table, lost: Mapping[str, str], *, blind: bool) -> Gathered:
+def gather(
+    matched: Matched, table: Table, lost: Mapping[str, str], *, blind: bool, partial: bool = False
+) -> Gathered:
     """Return the applications of routes with their sources.
 
-    `lost` says why tensors cannot be read. With `blind`, missing tensors are expected.
+    `lost` says why tensors cannot be read. With `blind`, missing tensors are expected; with `partial`,
+    missing targets, but not a part of the sources of one.
     """
     made = Gathered()
     makers: dict[str, Route] = {}
@@ -55,7 +58,7 @@ def gather(matched: Matched, table: Table, lost: Mapping[str, str], *, blind: bo
                 made.problems.append(_incomplete(route, key, found, lost))
         elif (claim, key) not in matched.unfit:
             made.groups.append(Group(route, key, tuple([found[slot] for slot in range(count)])))
-    if not blind:
+    if not blind and not partial:
         causes = _causes(table, lost)
         for route in table.routes:
             for key in route.applications() if route.first else ():

@@ -11,7 +11,7 @@ from mla_tools.architectures.geometry import label
 from mla_tools.codecs import SCALES
 from mla_tools.errors import Problem
 from mla_tools.names import short, template
-from mla_tools.plan.claiming import Claimed
+from mla_tools.plan.claiming import Claimed, is_foreign
 from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
@@ -31,12 +31,16 @@ class VisionTensor:
 
 @dataclass
 class Matched:
-    """The tensors by application and number of the source; those of another shape than needed are `unfit`."""
+    """The tensors by application and number of the source; those of another shape than needed are `unfit`.
+
+    `foreign`: the stored tensors that are nothing of this table's, where these are no problem.
+    """
 
     inputs: dict[Application, dict[int, Source]] = field(default_factory=lambda: defaultdict(dict))
     unfit: set[Application] = field(default_factory=set)
     vision: list[VisionTensor] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
     # The numbers of the layers that were dropped because a marker shows what they are.
     dropped_layers: set[int] = field(default_factory=set)
     # How many tensors are in which layouts; a tensor that is alike in several counts for them together.
@@ -45,10 +49,20 @@ class Matched:
 
 
 def match(
-    claimed: Claimed, table: Table, family: Family, *, keep_vision: bool, lost: Collection[str]
+    claimed: Claimed,
+    table: Table,
+    family: Family,
+    *,
+    keep_vision: bool,
+    lost: Collection[str],
+    partial: bool = False,
 ) -> Matched:
-    """Return what each tensor is for; `lost` names tensors that are there and cannot be read."""
-    made = Matched(drops=list(claimed.drops))
+    """Return what each tensor is for; `lost` names tensors that are there and cannot be read.
+
+    With `partial`, tensors that the table does not know, and MTP layers that are not proved to be some,
+    are no problem.
+    """
+    made = Matched(drops=list(claimed.drops), foreign=list(claimed.foreign))
     dropped: list[tuple[Source, Match]] = []
     for source, named in claimed.tensors:
         found, spec = named, source.spec
@@ -58,7 +72,10 @@ def match(
             found = table.lookup(source.name, spec.shape)
             route = table.route(found) if found else None
         if found is None:
-            made.problems.append(_unknown(source, family))
+            if partial and is_foreign(source.name, source.spec, table):
+                made.foreign += source.parts.values()
+            else:
+                made.problems.append(_unknown(source, family))
         elif route is not None:
             key, slot = table.slot(found)
             made.inputs[found.claim, key][slot] = source
@@ -78,14 +95,20 @@ def match(
                 made.problems.append(_shape_mismatch(source, drop.shape))
     for (claim, _), inputs in made.inputs.items():
         made.layouts[table.routes[claim].layouts] += len(inputs)
-    _check_markers(dropped, table, made, lost)
+    _check_markers(dropped, table, made, lost, partial=partial)
     return made
 
 
 def _check_markers(
-    dropped: list[tuple[Source, Match]], table: Table, made: Matched, lost: Collection[str]
+    dropped: list[tuple[Source, Match]],
+    table: Table,
+    made: Matched,
+    lost: Collection[str],
+    *,
+    partial: bool,
 ) -> None:
-    """Refuse to drop layers as MTP layers if they are none."""
+    """Refuse to drop layers as MTP layers if they are none; with `partial`, do not drop them."""
+    unproved: set[str] = set()
     present = {drop.source.name for drop in made.drops}
     for source, found in sorted(dropped, key=lambda one: one[0].name):
         drop = table.drop(found)
@@ -94,7 +117,12 @@ def _check_markers(
         made.dropped_layers.add(found.values[0])
         values = dict(zip(template(drop.source).indices, found.values, strict=True))
         marker = template(drop.marker).format(values)
-        if marker not in present and marker not in lost:
+        if marker in present or marker in lost:
+            continue
+        if partial:
+            made.foreign += source.parts.values()
+            unproved.add(source.name)
+        else:
             made.problems.append(
                 Problem(
                     source.label,
@@ -104,6 +132,8 @@ def _check_markers(
                     cause="Does config.json give the right number of layers?",
                 )
             )
+    if unproved:
+        made.drops = [drop for drop in made.drops if drop.source.name not in unproved]
 
 
 def _unknown(source: Source, family: Family) -> Problem:

@@ -1,0 +1,1 @@
+"""Other people's programs that use this package."""
