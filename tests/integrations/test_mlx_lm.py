@@ -239,8 +239,9 @@ def test_generate_of_the_hubs_deepseek_v4() -> None:
 
 
 def test_an_output_of_convert_is_loaded_by_mlx_lm_alone(tmp_path: Path) -> None:
+    source = str(support.sample("kimi_linear", "fp8"))
     with enable():
-        mlx_lm.convert(str(support.sample("kimi_linear", "fp8")), str(tmp_path / "out"), quantize=True)
+        mlx_lm.convert(source, str(tmp_path / "out"), quantize=True, trust_remote_code=True)
     model, _ = utils.load_model(tmp_path / "out")
     assert any(name.endswith(".scales") for name in parameters(model))
 
