@@ -13,10 +13,11 @@ from hub_server import running
 from support import sample
 
 from mla_tools import cli
-from mla_tools.convert import convert
+from mla_tools.convert import convert, verify
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.hub import open_repository
 from mla_tools.verify import TokenizerCheck, asking
+from mla_tools.verify.tokenizer import NO_TOKENIZER
 
 UNASKED = "It could not be checked whether mlx_lm opens the tokenizer: "
 NEEDS_CODE = "The tokenizer needs the checkpoint's own code, so it was not opened here"
@@ -82,6 +83,15 @@ def test_the_tokenizer_of_a_repository_is_read_from_there() -> None:
     with running(files) as hub:
         assert said(open_repository("org/name", endpoint=hub.url)).startswith(NEEDS_CODE)
         assert any("tiktoken.model" in asked.path for asked in hub.asked)
+
+
+def test_verify_says_it_too(agreeable: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sample("deepseek_v3"), source)
+    for path in source.glob("token*"):
+        path.unlink()
+    convert(source, tmp_path / "out")
+    assert verify(tmp_path / "out").notes == (NO_TOKENIZER,)
 
 
 ANSWERS = [

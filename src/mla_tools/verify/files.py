@@ -14,6 +14,7 @@ from mla_tools.files.directory import Directory
 from mla_tools.files.place import Folder, OpenFile, pieces, read_whole, shown
 from mla_tools.output import RECORD, Record, journals
 from mla_tools.output.record import MAX_RECORD
+from mla_tools.verify.tokenizer import NO_TOKENIZER, has_tokenizer
 
 __all__ = ["Verified", "verify_output"]
 
@@ -71,6 +72,8 @@ def verify_output(
         for note in notes:
             found.add_note(note)
         raise found
+    if not has_tokenizer(record.files):
+        notes = (*notes, NO_TOKENIZER)
     return Verified(len(record.files), total, notes)
 
 

@@ -20,13 +20,20 @@ from mla_tools.files.place import LocalFile, pieces
 from mla_tools.output.record import CONFIG, pretty
 from mla_tools.verify.asking import Child, UnansweredError, give
 
-__all__ = ["TokenizerCheck", "answer"]
+__all__ = ["NO_TOKENIZER", "TokenizerCheck", "answer", "has_tokenizer"]
 
 # One of these is in every checkpoint that has a tokenizer.
 _TOKENIZER = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*", "tokenization*")
 
+NO_TOKENIZER = "There is no tokenizer beside the weights, and mlx_lm.generate needs one."
+
 # transformers and all that it brings are imported in seconds; nobody waits longer than this for the answer.
 _SECONDS = 300.0
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Return whether a tokenizer is among files of these names."""
+    return any(fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZER)
 
 
 class TokenizerCheck:
@@ -41,8 +48,8 @@ class TokenizerCheck:
         self._child: Child | None = None
         held = list(companions)
         with ExitStack() as stack:
-            if not any(fnmatchcase(each.name, pattern) for each in held for pattern in _TOKENIZER):
-                self._said = "There is no tokenizer beside the weights, and mlx_lm.generate needs one."
+            if not has_tokenizer(each.name for each in held):
+                self._said = NO_TOKENIZER
             else:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="mla-tools-")))
                 try:
