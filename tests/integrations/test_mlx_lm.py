@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import support
 from launching import run_ranks
 from mlx.utils import tree_flatten
-from mlx_lm import utils
+from mlx_lm import server, utils
 from pairs import PUBLISHED, pairs, product
 from support import loaded, same
 
@@ -31,6 +33,12 @@ from mla_tools.weights import as_converted
 
 # Those for whose classes mlx-lm has no `shard`.
 UNSHARDED = ["bailing_hybrid", "kimi_linear", "kimi_vl", "minicpm3", "mistral3", "youtu_llm"]
+
+# The commands of mlx-lm that load a model; evaluate needs a package that is not installed.
+COMMANDS = [
+    *("benchmark", "cache_prompt", "chat", "convert", "fuse", "generate", "lora", "perplexity", "server"),
+    *("quant.awq", "quant.dwq", "quant.dynamic_quant", "quant.gptq"),
+]
 
 BOMB = "raise SystemExit('the code of the checkpoint was run')\n"
 
@@ -265,6 +273,35 @@ def test_an_adapter_is_trained_and_fused_in_the_hubs_fp8(tmp_path: Path) -> None
     fused = parameters(utils.load_model(out)[0])
     with enable():
         assert fused.keys() == parameters(utils.load_model(source, lazy=True)[0]).keys()
+
+
+def test_the_server_loads_the_hubs_fp8() -> None:
+    folder = support.sample("glm4_moe_lite", "fp8-ue8m0")
+    settings = {"model": str(folder), "adapter_path": None, "draft_model": None, "pipeline": False}
+    settings |= {"trust_remote_code": False, "chat_template": None, "use_default_chat_template": False}
+    provider = server.ModelProvider(argparse.Namespace(**settings))
+    with enable():
+        provider.load("default_model")
+    assert any(name.endswith(".scales") for name in parameters(provider.model))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_loads_by_what_is_replaced(command: str) -> None:
+    module = import_module(f"mlx_lm.{command}")
+    named = [module.__dict__[name] for name in ("load", "sharded_load") if name in module.__dict__]
+    assert named
+    for function in named:
+        assert function.__globals__ is vars(utils)
+        assert "load_model" in function.__code__.co_names
+
+
+@pytest.mark.parametrize("how", ["pipeline_group", "tensor_group"])
+def test_sharded_load_of_the_hubs_layout(how: str) -> None:
+    folder = support.sample("deepseek_v3", "fp8-ue8m0")
+    with enable():
+        model, _ = utils.sharded_load(str(folder), **{how: mx.distributed.init()})
+        whole = parameters(utils.load_model(folder, lazy=True)[0])
+    assert_same(parameters(model), whole)
 
 
 # --- several ranks -----------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def notes(
         *_narrower_embeddings(encoded.steps, options),
         *_disagreeing_sections(config),
         *_disagreeing_tensors(encoded.steps, config),
+        *_unannounced(encoded.steps, config),
         *(_cost_text(cost, options) for cost in embed_q_costs(encoded.steps)),
         *_idle_embed_q(encoded, options),
         *_global_scales(encoded, options),
@@ -187,6 +188,27 @@ def _disagreeing_tensors(steps: Sequence[Step], config: Mapping[str, Any]) -> It
                     wrong[said, source.codec.name].append(source.label)
     for (said, name), names in wrong.items():
         yield f"{said} but the tensors are {name}, and this is used: " + ", ".join(fold_names(names))
+
+
+def _unannounced(steps: Sequence[Step], config: Mapping[str, Any]) -> Iterator[str]:
+    """Note tensors that MLX has quantized where config.json says nothing of it."""
+    if config.get("quantization") or config.get("quantization_config"):
+        return
+    codecs = dict.fromkeys(codec for step in steps for codec in step.codecs if codec.is_mlx)
+    if not codecs:
+        return
+    names = [
+        target.label
+        for step in steps
+        if any(codec.is_mlx for codec in step.codecs)
+        for target in step.targets
+    ]
+    yield (
+        f"config.json names no quantization, but these tensors have one"
+        f" ({', '.join(sorted(codec.name for codec in codecs))}), so that mlx_lm.load cannot load them:"
+        f" {', '.join(fold_names(names))}. mlx_lm.convert -d and mlx_lm.fuse --dequantize leave embed_q and"
+        f" unembed_out so. mla-sanitize convert writes a folder that loads, with -d one in floats"
+    )
 
 
 def embed_q_costs(steps: Sequence[Step]) -> tuple[EmbedQCost, ...]:

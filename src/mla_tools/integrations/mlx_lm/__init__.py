@@ -47,8 +47,8 @@ def enable() -> _Enabled:
     It applies to everything that loads by `mlx_lm.utils`: `load`, `sharded_load`, generate, server, convert,
     lora, fuse and the quantizers. The tensors become those of `mla-sanitize convert` with its defaults, but
     keep their float dtypes, and the config that mlx-lm goes on with says how they are quantized. A class
-    without a `shard` gets one, and DeepSeek V4 our class. A checkpoint's code is run if the caller says
-    trust_remote_code, and never otherwise. Other models load as before.
+    without a `shard` gets one, and DeepSeek V4 our class. A checkpoint's model file is run if the caller
+    says trust_remote_code, and never otherwise. Other models load as before.
 
     The result is a context manager; `disable()` undoes it, too. A second call changes nothing. Code that
     has imported `load_model` from `mlx_lm.utils` by name keeps the one that it has.
