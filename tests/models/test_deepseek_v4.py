@@ -27,6 +27,7 @@ from ports import free_ports
 from reference_v4 import CONFIG, CONFIGS, Torch, reference, relative, renamed, tokens
 
 from mla_tools.models.deepseek_v4 import Model, ModelArgs
+from mla_tools.models.deepseek_v4_cache import ENTRIES, WINDOW
 from mla_tools.samples import write_tokenizer
 
 # Float32 has 6e-8; the logits of both lie about 1e-6 apart after 6 layers.
@@ -184,6 +185,42 @@ def test_an_empty_prompt_cache_that_was_saved(
     assert relative(fed(model, tokens(LENGTH), [LENGTH], loaded), truth) < TOLERANCE
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_a_saved_prompt_cache_joins_a_batch(
+    order: list[int], model: Model, source: Torch, tmp_path: Path
+) -> None:
+    # A long one, one that is shorter than a group, and a request without one.
+    known, rests = [tokens(203, 1), tokens(3, 2), []], [tokens(9, 3), tokens(21, 4), tokens(30, 5)]
+    written, steps = {}, 8
+    for kind in ("made", "loaded"):
+        caches: list[Any] = []
+        for row, ids in enumerate(known):
+            cache = model.make_cache()
+            if ids:
+                fed(model, ids, [len(ids)], cache)
+                assert [layer.size() for layer in cache] == [len(ids)] * 6
+            if ids and kind == "loaded":
+                save_prompt_cache(str(tmp_path / f"{row}.safetensors"), cache)
+                held = [layer.nbytes for layer in cache]
+                cache = load_prompt_cache(str(tmp_path / f"{row}.safetensors"))
+                assert [layer.size() for layer in cache] == [len(ids)] * 6
+                assert [layer.nbytes for layer in cache] == held
+                assert not any(layer.empty() for layer in cache)
+            caches.append(cache)
+        generator = BatchGenerator(model, prefill_step_size=16)
+        uids = generator.insert([rests[i] for i in order], [steps] * 3, caches=[caches[i] for i in order])
+        found: dict[int, list[int]] = {uid: [] for uid in uids}
+        while responses := generator.next_generated():
+            for response in responses:
+                found[response.uid].append(response.token)
+        generator.close()
+        written[kind] = [found[uid] for uid in uids]
+    assert written["loaded"] == written["made"]
+    for i, ids in zip(order, written["loaded"], strict=True):
+        logits = source.logits([*known[i], *rests[i], *ids])
+        assert logits.argmax(-1)[-steps - 1 : -1].tolist() == ids
+
+
 MODEL_FILE = '''"""The class of this model is in mla-tools."""
 from mla_tools.models.deepseek_v4 import Model, ModelArgs  # noqa: F401
 '''
@@ -317,9 +354,10 @@ def test_in_bfloat16(quantizable: Torch) -> None:
     found = model(mx.array([ids[:250]]), cache=cache)
     assert found.dtype == mx.bfloat16
     # What grows is as narrow as the activations; the tokens of open groups are as wide as the compressor.
-    groups = [part for layer in cache for part in (layer.compressor, layer.indexer) if part is not None]
-    held = [layer.window.rows for layer in cache] + [part.entries.rows for part in groups]
-    assert len(held) == 12
+    held = [layer[WINDOW].keys for layer in cache]
+    for layer in cache[2:]:
+        held += [layer[ENTRIES].keys, layer[ENTRIES].values]
+    assert len(held) == 14
     assert {array.dtype for array in held} == {mx.bfloat16}
     logits = np.array(found.astype(mx.float32))[0]
     # Bfloat16 has 8 bits; most tokens keep their experts, and a few choose others.
