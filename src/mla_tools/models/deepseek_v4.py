@@ -195,11 +195,13 @@ class RoPE(YarnRoPE):
 class Call:
     """What all layers share in one call: positions and masks, made when the first layer asks for them.
 
+    Not so in training: with checkpoints of gradients, each layer is computed for itself, and once more.
     `window` is the mask [_, 1, L, K] of the rows that `update_and_fetch` of a window returns; None: all seen.
     """
 
-    def __init__(self, span: Span, window: mx.array | None) -> None:
+    def __init__(self, span: Span, window: mx.array | None, *, training: bool = False) -> None:
         self.span = span
+        self.training = training
         self.window = window
         self.offset = self.numbers(list(span.offsets))
         # What a KVCache is given that counts tokens, and what one has no values for.
@@ -207,6 +209,8 @@ class Call:
         self._made: dict[Any, Any] = {}
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if self.training:
+            return make()
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -399,7 +403,8 @@ def collapse(
     """Return the input [B, L, D] of a block, and for `expand` the weights of its output and the streams."""
     count = streams.shape[2]
     into, out, among = mx.split(mixes(streams, fn, norm_eps), [count, 2 * count], axis=-1)
-    into_base, out_base, among_base = mx.split(base, [count, 2 * count])
+    # Not by mx.split: checkpoints of gradients in a compiled step cannot have it of what is not trained.
+    into_base, out_base, among_base = base[:count], base[count : 2 * count], base[2 * count :]
     into = mx.sigmoid(into * scale[0] + into_base) + eps
     out = 2 * mx.sigmoid(out * scale[1] + out_base)
     among = mx.unflatten(among * scale[2] + among_base, -1, (count, count))
@@ -878,7 +883,7 @@ class DeepseekV4Model(PipelineMixin, nn.Module):
         )
         if window is not None and window.ndim == 2:
             window = window[None, None]
-        call = Call(span, window)
+        call = Call(span, window, training=self.training)
         streams = mx.repeat(x[:, :, None], self.args.hc_mult, axis=2)
         # From the rank with the layers before these.
         if rank < self.pipeline_size - 1:
