@@ -26,6 +26,7 @@ from mlx_vlm.models.deepseek_v4.deepseek_v4 import Model as VlmModel
 from ports import free_ports
 from reference_v4 import CONFIG, CONFIGS, Torch, reference, relative, renamed, tokens
 
+from mla_tools.models.bundle import bundled
 from mla_tools.models.deepseek_v4 import Model, ModelArgs
 from mla_tools.models.deepseek_v4_cache import ENTRIES, WINDOW
 from mla_tools.samples import write_tokenizer
@@ -221,16 +222,11 @@ def test_a_saved_prompt_cache_joins_a_batch(
         assert logits.argmax(-1)[-steps - 1 : -1].tolist() == ids
 
 
-MODEL_FILE = '''"""The class of this model is in mla-tools."""
-from mla_tools.models.deepseek_v4 import Model, ModelArgs  # noqa: F401
-'''
-
-
 def write_folder(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     folder.mkdir()
     save_model(folder, model)
     (folder / "config.json").write_text(json.dumps({**config, "model_file": "deepseek_v4.py"}))
-    (folder / "deepseek_v4.py").write_text(MODEL_FILE)
+    (folder / "deepseek_v4.py").write_text(bundled("deepseek_v4"))
     write_tokenizer(folder)
 
 

@@ -1,8 +1,8 @@
 """DeepSeek V4 (Flash, Pro and their Base versions) as a model of mlx-lm.
 
-A folder with a converted checkpoint names a file in config.json, `"model_file": "deepseek_v4.py"`, with
-two lines in it: a docstring and an import of Model, ModelArgs and ModelConfig from here. mlx-lm takes the
-classes from that file, and so does `mlx_vlm.utils.load_model`.
+A folder with a converted checkpoint names a file in config.json, `"model_file": "deepseek_v4.py"`. It is
+made of mla-tools' module of this class and that of its caches, and needs nothing but mlx-lm. mlx-lm takes
+the classes from that file, and so does `mlx_vlm.utils.load_model`.
 
 The mathematics are those of transformers' `deepseek_v4`; parameter names and shapes are those of mlx-vlm's
 class, so that one checkpoint serves both. With V = vocab_size, D = hidden_size, H = num_attention_heads,
@@ -195,13 +195,11 @@ class RoPE(YarnRoPE):
 class Call:
     """What all layers share in one call: positions and masks, made when the first layer asks for them.
 
-    Not so in training: with checkpoints of gradients, each layer is computed for itself, and once more.
     `window` is the mask [_, 1, L, K] of the rows that `update_and_fetch` of a window returns; None: all seen.
     """
 
-    def __init__(self, span: Span, window: mx.array | None, *, training: bool = False) -> None:
+    def __init__(self, span: Span, window: mx.array | None) -> None:
         self.span = span
-        self.training = training
         self.window = window
         self.offset = self.numbers(list(span.offsets))
         # What a KVCache is given that counts tokens, and what one has no values for.
@@ -209,8 +207,6 @@ class Call:
         self._made: dict[Any, Any] = {}
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        if self.training:
-            return make()
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -334,7 +330,7 @@ def plain_sinkhorn(matrices: mx.array, iterations: int, eps: float) -> mx.array:
 def sinkhorn_kernel() -> Callable[[mx.array, int, float], mx.array] | None:
     """Return the function that normalizes in one kernel, one thread for each matrix; None without Metal.
 
-    It is that of mlx-lm's deepseek_v41.
+    It is that of mlx-lm's deepseek_v41 (Copyright 2026 Apple Inc., MIT license).
     """
     if not mx.metal.is_available():
         return None
@@ -883,7 +879,7 @@ class DeepseekV4Model(PipelineMixin, nn.Module):
         )
         if window is not None and window.ndim == 2:
             window = window[None, None]
-        call = Call(span, window, training=self.training)
+        call = Call(span, window)
         streams = mx.repeat(x[:, :, None], self.args.hc_mult, axis=2)
         # From the rank with the layers before these.
         if rank < self.pipeline_size - 1:
