@@ -19,7 +19,7 @@ from mlx_lm.models.cache import (
 )
 from reference_v4 import CONFIG, reference, relative, tokens
 
-from mla_tools.models.deepseek_v4 import Model, ModelArgs
+from mla_tools.models.deepseek_v4 import SCORES, Model, ModelArgs
 from mla_tools.models.deepseek_v4_cache import (
     ENTRIES,
     TAILS,
@@ -332,3 +332,53 @@ def test_no_graph_grows_while_decoding(requests: int, tmp_path: Path) -> None:
         assert edges(cache, tmp_path) > 100
         mx.eval(logits)
         assert edges(cache, tmp_path) == 0
+
+
+# ---- memory
+
+LONG = 100_000
+
+
+@pytest.mark.parametrize("queries", [128, 1], ids=["prompt", "token"])
+def test_temporary_memory_at_100k_tokens(queries: int) -> None:
+    # One layer that chooses entries, and nothing else of a size that counts.
+    args = ModelArgs.from_dict(
+        {
+            **NARROW,
+            "num_hidden_layers": 1,
+            "compress_ratios": [4],
+            "num_hash_layers": 1,
+            "index_n_heads": 64,
+            "index_head_dim": 16,
+            "index_topk": 16,
+        }
+    )
+    model = Model(args)
+    model.set_dtype(mx.bfloat16, lambda dtype: dtype == mx.float32)
+    # On a CPU, MLX has no gathered experts in bfloat16.
+    model.layers[0].ffn.set_dtype(mx.float32)
+    cache = model.make_cache()
+    count = LONG // args.compress_ratios[0]
+    none = mx.zeros((1, 1, LONG, 0))
+    count_tokens(cache[0][TOKENS], none)
+    append_rows(cache[0][WINDOW], mx.zeros((1, 1, LONG, args.head_dim), mx.bfloat16), none)
+    for slot, width in enumerate((args.head_dim, args.index_head_dim)):
+        cache[0][TAILS][slot] = mx.zeros((1, 7, 4 * width), mx.bfloat16)
+    entries = mx.random.normal((1, 1, count + 100, args.head_dim)).astype(mx.bfloat16)
+    keys = mx.random.normal((1, 1, count + 100, args.index_head_dim)).astype(mx.bfloat16)
+    cache[0][ENTRIES].keys, cache[0][ENTRIES].values, cache[0][ENTRIES].offset = entries, keys, count
+    mx.eval(model.parameters(), [array for layer in cache for array in arrays(layer)])
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model(mx.array([tokens(queries)]), cache=cache))
+    used = mx.get_peak_memory() - before
+    # A score of a head: the product, which a CPU makes in float32 first, clamped, and in float32 again.
+    # A sum over the heads: negated, masked, and sorted, with two masks and the places.
+    scores = count * args.index_n_heads if queries == 1 else SCORES
+    bound = scores * (4 + 2 + 2 + 4) + queries * count * 4 * 6
+    # Entries and keys are written to their places, and taken in another layout.
+    bound += 2 * (entries.nbytes + keys.nbytes)
+    assert used < bound
+    # All scores of a block of queries in float32 would be twice as much.
+    assert queries == 1 or bound < queries * count * args.index_n_heads * 4 / 2
