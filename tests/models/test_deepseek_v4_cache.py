@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -382,3 +384,29 @@ def test_temporary_memory_at_100k_tokens(queries: int) -> None:
     assert used < bound
     # All scores of a block of queries in float32 would be twice as much.
     assert queries == 1 or bound < queries * count * args.index_n_heads * 4 / 2
+
+
+# ---- options without an effect
+
+
+def generated(model: Model, **options: Any) -> list[int]:
+    found = generate_step(mx.array(tokens(20)), model, max_tokens=3, **options)
+    return [token for token, _ in found]
+
+
+def test_options_that_have_no_effect_say_so(model: Model) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = generated(model)
+        # Not yet: the cache is shorter.
+        assert generated(model, kv_bits=4, quantized_kv_start=1000) == expected
+    with pytest.warns(UserWarning, match="max_kv_size has no effect on DeepSeek V4"):
+        assert generated(model, max_kv_size=8) == expected
+    with pytest.warns(UserWarning, match="kv_bits has no effect on DeepSeek V4"):
+        assert generated(model, kv_bits=4, quantized_kv_start=0) == expected
+    # A copy answers for itself.
+    cache = model.make_cache()
+    model(mx.array([tokens(20)]), cache=cache)
+    twin = copy.deepcopy(cache)
+    with pytest.warns(UserWarning, match="kv_bits"):
+        assert twin[0].to_quantized(group_size=64, bits=4) is twin[0]

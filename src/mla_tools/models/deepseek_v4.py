@@ -42,6 +42,8 @@ i = index_head_dim, R = the compress ratio of the layer, and w = 2 where groups 
 The modules with a `weight` of two or three axes, the routers (`ffn.gate`) aside, may be quantized.
 """
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +61,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mla_tools.models.deepseek_v4_cache import (
     ENTRIES,
+    NO_EFFECT,
     TAILS,
     TOKENS,
     WINDOW,
@@ -70,6 +73,7 @@ from mla_tools.models.deepseek_v4_cache import (
     count_tokens,
     entry_starts,
     make_layer_cache,
+    refuse_quantization,
     tail,
 )
 
@@ -913,13 +917,22 @@ class Model(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Return the logits [B, L, V] of the token ids [B, L]; the cache is brought up to their end."""
-        return self.lm_head(self.model(inputs, cache))
+        logits = self.lm_head(self.model(inputs, cache))
+        if cache is not None:
+            refuse_quantization(cache[0])
+        return logits
 
     @property
     def layers(self) -> list[Block]:
         return self.model.pipeline_layers
 
     def make_cache(self) -> list[CacheList]:
+        """Return an empty cache for each layer."""
+        # mlx-lm's make_prompt_cache has max_kv_size, and does not pass it on.
+        caller = inspect.currentframe()
+        caller = caller and caller.f_back
+        if caller is not None and caller.f_locals.get("max_kv_size") is not None:
+            warnings.warn(f"max_kv_size {NO_EFFECT}", stacklevel=3)
         return [layer.attn.make_cache() for layer in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:

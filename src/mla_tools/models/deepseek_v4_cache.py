@@ -14,8 +14,10 @@ be given the last token of a padded prompt alone, which BatchRotatingKVCache ref
 by subclasses, whose requests are extracted as mlx-lm's own classes again.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +33,7 @@ from mlx_lm.models.cache import (
 
 __all__ = [
     "ENTRIES",
+    "NO_EFFECT",
     "TAILS",
     "TOKENS",
     "WINDOW",
@@ -42,10 +45,15 @@ __all__ = [
     "count_tokens",
     "entry_starts",
     "make_layer_cache",
+    "refuse_quantization",
     "tail",
 ]
 
 TOKENS, WINDOW, TAILS, ENTRIES = range(4)
+
+NO_EFFECT = (
+    "has no effect on DeepSeek V4: its cache is a window and compressed entries, in the model's dtype."
+)
 
 
 def make_layer_cache(window: int, ratio: int, *, indexed: bool = False) -> CacheList:
@@ -56,6 +64,23 @@ def make_layer_cache(window: int, ratio: int, *, indexed: bool = False) -> Cache
     # Room is made for as many tokens at a time as in other layers.
     entries.step = max(KVCache.step // ratio, 1)
     return CacheList(KVCache(), RotatingKVCache(window), ArraysCache(2 if indexed else 1), entries)
+
+
+def refuse_quantization(cache: CacheList) -> None:
+    """Let a cache say that it stays as it is when mlx-lm's generation quantizes caches (kv_bits).
+
+    That calls `to_quantized` of a cache which has it, and takes what is returned, once the cache has an
+    `offset` that is large enough.
+    """
+    tokens = cache[TOKENS]
+    if type(tokens) is KVCache:
+        cache.offset = tokens.offset
+        cache.to_quantized = MethodType(_unquantized, cache)
+
+
+def _unquantized(cache: CacheList, group_size: int = 64, bits: int = 4) -> CacheList:
+    warnings.warn(f"kv_bits {NO_EFFECT}", stacklevel=3)
+    return cache
 
 
 def arrays(cache: CacheList) -> list[mx.array]:
