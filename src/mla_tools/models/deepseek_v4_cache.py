@@ -104,8 +104,8 @@ def tail(cache: ArraysCache, slot: int, rows: mx.array, size: int) -> mx.array:
     kept = mx.zeros((batch, size, width), rows.dtype) if kept is None else kept.astype(rows.dtype)
     rows = mx.concatenate([kept, rows], axis=1)
     if cache.lengths is None:
-        # A copy: a view would hold the memory of the whole call.
-        cache[slot] = mx.contiguous(rows[:, length:])
+        # A copy, unless it is of a single token: a view would hold the memory of the whole call.
+        cache[slot] = rows[:, 1:] if length == 1 else mx.contiguous(rows[:, length:])
     else:
         ends = mx.clip(cache.lengths, 0, length)
         index = (ends[:, None] + mx.arange(size))[..., None]
