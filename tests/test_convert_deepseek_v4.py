@@ -26,6 +26,7 @@ from mla_tools.cli import main
 from mla_tools.errors import MlaToolsError
 from mla_tools.execute import execute
 from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.models.bundle import bundled
 from mla_tools.options import Options
 from mla_tools.plan import Plan, make_plan, make_steps
 from mla_tools.weights import sanitize
@@ -338,8 +339,7 @@ def test_the_output_brings_the_class_along(sources: Sources, tmp_path: Path) -> 
     assert config["model_file"] == "deepseek_v4.py"
     text = (tmp_path / "out" / "deepseek_v4.py").read_text()
     assert text == plan.added["deepseek_v4.py"]
-    assert len(text.splitlines()) == 2
-    assert "from mla_tools.models.deepseek_v4 import Model, ModelArgs, ModelConfig" in text
+    assert text == bundled("deepseek_v4")
     section = config["quantization"]
     assert (section["mode"], section["bits"]) == ("mxfp8", 8)
     assert section["model.layers.3.ffn.switch_mlp.up_proj"] == {

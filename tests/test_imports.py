@@ -59,7 +59,7 @@ PICTURE: dict[str, set[str]] = {
     "overflow": {"spec"},
     "precision": {"quantization", "spec"},
     "samples": {"architectures", "codecs", "files", "ops", "rules", "spec", "table"},
-    "architectures": {"ops", "quantization", "rules", "table"},
+    "architectures": {"models", "ops", "quantization", "rules", "table"},
     "table": {"ops", "rules"},
     "rules": {"ops", "quantization", "spec"},
     "ops": {"mla", "spec"},

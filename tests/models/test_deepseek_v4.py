@@ -26,7 +26,9 @@ from mlx_vlm.models.deepseek_v4.deepseek_v4 import Model as VlmModel
 from ports import free_ports
 from reference_v4 import CONFIG, CONFIGS, Torch, reference, relative, renamed, tokens
 
+from mla_tools.models.bundle import bundled
 from mla_tools.models.deepseek_v4 import Model, ModelArgs
+from mla_tools.models.deepseek_v4_cache import ENTRIES, WINDOW
 from mla_tools.samples import write_tokenizer
 
 # Float32 has 6e-8; the logits of both lie about 1e-6 apart after 6 layers.
@@ -54,9 +56,10 @@ def calls(size: int) -> list[int]:
     return [size] * (LENGTH // size) + [LENGTH % size] * (LENGTH % size > 0)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def source(request: pytest.FixtureRequest) -> Torch:
-    return reference(request.param)
+@pytest.fixture(scope="module")
+def source() -> Torch:
+    # Layers without a compressor have no yarn in it; test_other_configs has none anywhere.
+    return reference("yarn")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,7 @@ def test_what_comes_later_changes_nothing(model: Model, truth: np.ndarray[Any, A
 
 
 WIDE = {
+    "no-yarn": {},
     "more-entries-chosen-than-there-are": {"index_topk": 512},
     "window-longer-than-the-prompt": {"sliding_window": 512},
     "window-of-two": {"sliding_window": 2},
@@ -184,16 +188,47 @@ def test_an_empty_prompt_cache_that_was_saved(
     assert relative(fed(model, tokens(LENGTH), [LENGTH], loaded), truth) < TOLERANCE
 
 
-MODEL_FILE = '''"""The class of this model is in mla-tools."""
-from mla_tools.models.deepseek_v4 import Model, ModelArgs  # noqa: F401
-'''
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_a_saved_prompt_cache_joins_a_batch(
+    order: list[int], model: Model, source: Torch, tmp_path: Path
+) -> None:
+    # A long one, one that is shorter than a group, and a request without one.
+    known, rests = [tokens(203, 1), tokens(3, 2), []], [tokens(9, 3), tokens(21, 4), tokens(30, 5)]
+    written, steps = {}, 8
+    for kind in ("made", "loaded"):
+        caches: list[Any] = []
+        for row, ids in enumerate(known):
+            cache = model.make_cache()
+            if ids:
+                fed(model, ids, [len(ids)], cache)
+                assert [layer.size() for layer in cache] == [len(ids)] * 6
+            if ids and kind == "loaded":
+                save_prompt_cache(str(tmp_path / f"{row}.safetensors"), cache)
+                held = [layer.nbytes for layer in cache]
+                cache = load_prompt_cache(str(tmp_path / f"{row}.safetensors"))
+                assert [layer.size() for layer in cache] == [len(ids)] * 6
+                assert [layer.nbytes for layer in cache] == held
+                assert not any(layer.empty() for layer in cache)
+            caches.append(cache)
+        generator = BatchGenerator(model, prefill_step_size=16)
+        uids = generator.insert([rests[i] for i in order], [steps] * 3, caches=[caches[i] for i in order])
+        found: dict[int, list[int]] = {uid: [] for uid in uids}
+        while responses := generator.next_generated():
+            for response in responses:
+                found[response.uid].append(response.token)
+        generator.close()
+        written[kind] = [found[uid] for uid in uids]
+    assert written["loaded"] == written["made"]
+    for i, ids in zip(order, written["loaded"], strict=True):
+        logits = source.logits([*known[i], *rests[i], *ids])
+        assert logits.argmax(-1)[-steps - 1 : -1].tolist() == ids
 
 
 def write_folder(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     folder.mkdir()
     save_model(folder, model)
     (folder / "config.json").write_text(json.dumps({**config, "model_file": "deepseek_v4.py"}))
-    (folder / "deepseek_v4.py").write_text(MODEL_FILE)
+    (folder / "deepseek_v4.py").write_text(bundled("deepseek_v4"))
     write_tokenizer(folder)
 
 
@@ -215,8 +250,10 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_a_prompt_cache_in_mlx_lms_commands(model: Model, source: Torch, tmp_path: Path) -> None:
+def test_a_prompt_cache_in_mlx_lms_commands(tmp_path: Path) -> None:
     # generate reads the cache before it has loaded the model's class.
+    source = reference("plain")
+    model = model_of(source)
     write_folder(tmp_path / "model", model, source.config)
     common = ["--model", str(tmp_path / "model"), "--trust-remote-code"]
     cached = ["--prompt-cache-file", str(tmp_path / "cache.safetensors")]
@@ -317,9 +354,10 @@ def test_in_bfloat16(quantizable: Torch) -> None:
     found = model(mx.array([ids[:250]]), cache=cache)
     assert found.dtype == mx.bfloat16
     # What grows is as narrow as the activations; the tokens of open groups are as wide as the compressor.
-    groups = [part for layer in cache for part in (layer.compressor, layer.indexer) if part is not None]
-    held = [layer.window.rows for layer in cache] + [part.entries.rows for part in groups]
-    assert len(held) == 12
+    held = [layer[WINDOW].keys for layer in cache]
+    for layer in cache[2:]:
+        held += [layer[ENTRIES].keys, layer[ENTRIES].values]
+    assert len(held) == 14
     assert {array.dtype for array in held} == {mx.bfloat16}
     logits = np.array(found.astype(mx.float32))[0]
     # Bfloat16 has 8 bits; most tokens keep their experts, and a few choose others.
@@ -401,25 +439,38 @@ RANK = """
 import json, sys
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mla_tools.models.deepseek_v4 import Model, ModelArgs
 
 folder = sys.argv[1]
 group = mx.distributed.init(strict=True, backend="ring")
-model = Model(ModelArgs.from_dict(json.load(open(f"{folder}/config.json"))))
-model.load_weights(f"{folder}/model.safetensors")
-model.shard(group)
-cache, ids = model.make_cache(), np.load(f"{folder}/ids.npy")
-parts = [model(mx.array(ids[None, :90]), cache=cache), model(mx.array(ids[None, 90:]), cache=cache)]
-np.save(f"{folder}/rank{group.rank()}.npy", np.concatenate([np.array(part) for part in parts], axis=1))
-assert model.layers[0].attn.wq_b.weight.shape[0] * group.size() == 128 and group.size() == 2
+config, ids = json.load(open(f"{folder}/config.json")), np.load(f"{folder}/ids.npy")
+for kind in ("shard", "pipeline"):
+    model = Model(ModelArgs.from_dict(config))
+    if kind == "shard":
+        model.load_weights(f"{folder}/model.safetensors")
+        model.shard(group)
+        assert model.layers[0].attn.wq_b.weight.shape[0] * group.size() == 128 and group.size() == 2
+    else:
+        model.load_weights(f"{folder}/model.safetensors")
+        model.model.pipeline(group)
+        assert len(model.layers) == len(model.make_cache()) == 3
+        names = {name.split(".")[2] for name, _ in tree_flatten(model.parameters()) if ".layers." in name}
+        assert names == {"012"[i] if group.rank() else "345"[i] for i in range(3)}
+    cache, parts = model.make_cache(), []
+    model(mx.array(ids[None, :60]), cache=cache)
+    # A prompt evaluates nothing but the cache.
+    mx.eval([layer.state for layer in cache])
+    for start, stop in ((60, 90), (90, 91), (91, 300)):
+        parts.append(np.array(model(mx.array(ids[None, start:stop]), cache=cache)))
+    np.save(f"{folder}/{kind}{group.rank()}.npy", np.concatenate(parts, axis=1))
 """
 
 
-def test_two_ranks_compute_what_one_does(
-    model: Model, source: Torch, truth: np.ndarray[Any, Any], tmp_path: Path
-) -> None:
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    source = reference("yarn")
     folder = tmp_path / "model"
-    write_folder(folder, model, source.config)
+    write_folder(folder, model_of(source), source.config)
     np.save(folder / "ids.npy", np.array(tokens(LENGTH)))
     (tmp_path / "rank.py").write_text(RANK)
     first = free_ports(2)
@@ -429,8 +480,10 @@ def test_two_ranks_compute_what_one_does(
     ring = {**os.environ, "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
     ranks = [subprocess.Popen(command, env={**ring, "MLX_RANK": str(rank)}) for rank in range(2)]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    truth = source.logits(tokens(LENGTH))[60:]
     for rank in range(2):
-        assert relative(np.load(folder / f"rank{rank}.npy")[0], truth) < TOLERANCE
+        for kind in ("shard", "pipeline"):
+            assert relative(np.load(folder / f"{kind}{rank}.npy")[0], truth) < TOLERANCE
 
 
 class ThreeRanks:
@@ -446,7 +499,9 @@ def test_ranks_that_do_not_divide_are_refused(source: Torch) -> None:
         Model(ModelArgs.from_dict(source.config)).shard(ThreeRanks())
 
 
-def test_the_oracle_has_yarn_where_the_config_has(source: Torch) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_oracle_has_yarn_where_the_config_has(name: str) -> None:
+    source = reference(name)
     settings = source.model.config.rope_parameters
     assert settings["main"]["rope_type"] == "default"
     assert (settings["compress"]["rope_type"] == "yarn") == (source.config["rope_scaling"] is not None)

@@ -9,6 +9,7 @@ from typing import Any
 from mla_tools.architectures.geometry import Geometry
 from mla_tools.architectures.rope import Config, flat_rope
 from mla_tools.errors import Problem
+from mla_tools.models.bundle import bundled
 from mla_tools.rules import Drop, Form, Rule
 
 __all__ = ["NOT_FOR_MLX_VLM", "Family", "refusal", "wrapped"]
@@ -96,11 +97,7 @@ class Family:
         """Return the files that an output needs beside its weights, by name with their text."""
         if not self.runtime:
             return {}
-        module = f"mla_tools.models.{self.runtime}"
-        return {
-            self.model_file: f'"""The class of this model is part of mla-tools."""\n'
-            f"from {module} import Model, ModelArgs, ModelConfig  # noqa: F401\n"
-        }
+        return {self.model_file: bundled(self.runtime)}
 
     def refusals(self, config: Config) -> list[Problem]:
         """Return what no conversion can correct in mlx-lm's model class."""

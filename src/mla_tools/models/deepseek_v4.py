@@ -1,8 +1,8 @@
 """DeepSeek V4 (Flash, Pro and their Base versions) as a model of mlx-lm.
 
-A folder with a converted checkpoint names a file in config.json, `"model_file": "deepseek_v4.py"`, with
-two lines in it: a docstring and an import of Model, ModelArgs and ModelConfig from here. mlx-lm takes the
-classes from that file, and so does `mlx_vlm.utils.load_model`.
+A folder with a converted checkpoint names a file in config.json, `"model_file": "deepseek_v4.py"`. It is
+made of mla-tools' module of this class and that of its caches, and needs nothing but mlx-lm. mlx-lm takes
+the classes from that file, and so does `mlx_vlm.utils.load_model`.
 
 The mathematics are those of transformers' `deepseek_v4`; parameter names and shapes are those of mlx-vlm's
 class, so that one checkpoint serves both. With V = vocab_size, D = hidden_size, H = num_attention_heads,
@@ -42,31 +42,47 @@ i = index_head_dim, R = the compress ratio of the layer, and w = 2 where groups 
 The modules with a `weight` of two or three axes, the routers (`ffn.gate`) aside, may be quantized.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.nn.layers.distributed import shard_inplace, shard_linear
-from mlx_lm.models.base import BaseModelArgs
-
-# mlx-lm's V4.1 has the same normalization, in one kernel on Metal.
-from mlx_lm.models.deepseek_v41 import _sinkhorn
+from mlx.nn.layers.distributed import shard_inplace, shard_linear, sum_gradients
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask
+from mlx_lm.models.cache import ArraysCache, CacheList
 from mlx_lm.models.mla import MultiLinear
+from mlx_lm.models.pipeline import PipelineMixin
+from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mla_tools.models.deepseek_v4_cache import ArraysCache as LayerCache
-from mla_tools.models.deepseek_v4_cache import Groups, Span, runs
+from mla_tools.models.deepseek_v4_cache import (
+    ENTRIES,
+    NO_EFFECT,
+    TAILS,
+    TOKENS,
+    WINDOW,
+    Span,
+    adopt,
+    append_entries,
+    append_rows,
+    arrays,
+    count_tokens,
+    entry_starts,
+    make_layer_cache,
+    refuse_quantization,
+    tail,
+)
 
 __all__ = ["Model", "ModelArgs", "ModelConfig"]
 
 # Attention runs over this many queries of all requests at a time, with the keys of their windows.
 QUERY_BLOCK = 128
+# The indexer computes this many scores of heads at a time, unless a single query has more.
+SCORES = 1 << 23
 # With up to this many times the entries that a query may choose, masking the others is cheaper than
 # gathering the chosen ones for each query.
 DENSE_FACTOR = 4
@@ -139,49 +155,59 @@ ModelConfig = ModelArgs
 # ---- positions
 
 
-def inverse_frequencies(args: ModelArgs, *, compressed: bool) -> mx.array:
-    """Return the angle per position of each pair of rotated dimensions, float32 [qk_rope_head_dim / 2].
+@mx.compile
+def rotate(x: mx.array, offset: mx.array, freqs: mx.array, scale: float, inverse: bool) -> mx.array:
+    dims = 2 * freqs.shape[0]
+    turned = mx.fast.rope(
+        x[..., -dims:].astype(mx.float32),
+        dims,
+        traditional=True,
+        base=None,
+        scale=scale,
+        offset=offset,
+        freqs=-freqs if inverse else freqs,
+    )
+    return mx.concatenate([x[..., :-dims], turned.astype(x.dtype)], axis=-1)
+
+
+class RoPE(YarnRoPE):
+    """Turns pairs of the last dimensions.
 
     Only layers with a compressor have yarn, and its scaling of cos and sin is left out, as in the reference.
     """
-    dims = args.qk_rope_head_dim
-    base = args.compress_rope_theta if compressed else args.rope_theta
-    extrapolated = 1.0 / np.power(np.float32(base), np.arange(0, dims, 2, dtype=np.float32) / dims)
-    if not compressed or args.rope_type != "yarn":
-        return mx.array(extrapolated.astype(np.float32))
-    scaling = args.rope_scaling or {}
-    context = scaling["original_max_position_embeddings"]
 
-    def dimension(turns: float) -> float:
-        """The pair that turns this often within the original context."""
-        return float(dims * np.log(context / (turns * 2 * np.pi)) / (2 * np.log(base)))
+    def __init__(self, args: ModelArgs, *, compressed: bool) -> None:
+        scaling = args.rope_scaling or {}
+        yarn: dict[str, Any] = {}
+        if compressed and args.rope_type == "yarn":
+            yarn = {
+                "scaling_factor": scaling["factor"],
+                "original_max_position_embeddings": scaling["original_max_position_embeddings"],
+                "beta_fast": scaling.get("beta_fast", 32),
+                "beta_slow": scaling.get("beta_slow", 1),
+            }
+        base = args.compress_rope_theta if compressed else args.rope_theta
+        super().__init__(args.qk_rope_head_dim, base=base, mscale=0.0, mscale_all_dim=0.0, **yarn)
 
-    low = max(np.floor(dimension(scaling.get("beta_fast", 32))), 0)
-    high = min(np.ceil(dimension(scaling.get("beta_slow", 1))), dims - 1)
-    width = high - low or 0.001
-    interpolation = np.clip((np.arange(dims // 2, dtype=np.float32) - low) / width, 0, 1)
-    mixed = extrapolated * (1 - interpolation) + extrapolated / scaling["factor"] * interpolation
-    return mx.array(mixed.astype(np.float32))
-
-
-@mx.compile
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Return x [B, _, L, d], the pairs of its last dimensions turned; cos and sin are [_, 1, L, pairs]."""
-    dims = 2 * cos.shape[-1]
-    pairs = mx.unflatten(x[..., -dims:].astype(mx.float32), -1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return mx.concatenate([x[..., :-dims], turned.flatten(-2).astype(x.dtype)], axis=-1)
+    def __call__(
+        self, x: mx.array, offset: mx.array, *, scale: float = 1.0, inverse: bool = False
+    ) -> mx.array:
+        """Return x [B, _, L, d]; the positions are `scale` times the numbers from `offset` ([] or [B]) on."""
+        return rotate(x, offset, self._freqs, scale, inverse)
 
 
 class Call:
-    """What all layers share in one call: angles and masks, made when the first layer asks for them."""
+    """What all layers share in one call: positions and masks, made when the first layer asks for them.
 
-    def __init__(self, args: ModelArgs, span: Span) -> None:
+    `window` is the mask [_, 1, L, K] of the rows that `update_and_fetch` of a window returns; None: all seen.
+    """
+
+    def __init__(self, span: Span, window: mx.array | None) -> None:
         self.span = span
-        self.window = args.sliding_window
-        self.past = span.past(args.sliding_window - 1)
-        self._args = args
+        self.window = window
+        self.offset = self.numbers(list(span.offsets))
+        # What a KVCache is given that counts tokens, and what one has no values for.
+        self.nothing = mx.zeros((len(span.offsets), 1, span.length, 0))
         self._made: dict[Any, Any] = {}
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -189,86 +215,57 @@ class Call:
             self._made[key] = make()
         return self._made[key]
 
-    def _angles(self, positions: np.ndarray[Any, Any], compressed: bool) -> tuple[mx.array, mx.array]:
-        speeds = self._once(
-            ("speeds", compressed), lambda: inverse_frequencies(self._args, compressed=compressed)
-        )
-        angles = mx.array(positions.astype(np.float32))[:, None, :, None] * speeds
-        return mx.cos(angles), mx.sin(angles)
+    def numbers(self, numbers: Sequence[int]) -> mx.array:
+        """Return the numbers of the batch rows, [B]; a single one, [], if they are all the same."""
+        return mx.array(numbers[0] if len(set(numbers)) == 1 else list(numbers))
 
-    def _rows(self, numbers: list[int]) -> np.ndarray[Any, Any]:
-        """The numbers of the batch rows as a column; one row stands for all where they are the same."""
-        return np.array(numbers[:1] if self.span.aligned else numbers)[:, None]
-
-    def tokens(self, compressed: bool) -> tuple[mx.array, mx.array, mx.array]:
-        """Return cos, sin and -sin at the positions of the tokens."""
-
-        def make() -> tuple[mx.array, mx.array, mx.array]:
-            positions = self._rows(list(self.span.offsets)) + np.arange(self.span.length)
-            cos, sin = self._angles(positions, compressed)
-            return cos, sin, -sin
-
-        made: tuple[mx.array, mx.array, mx.array] = self._once(("tokens", compressed), make)
+    def first_group(self, ratio: int) -> mx.array:
+        """Return [] or [B], the numbers of the groups that are open when the call begins."""
+        made: mx.array = self._once(("first", ratio), lambda: self.numbers(self.span.first(ratio)))
         return made
 
-    def groups(self, ratio: int) -> tuple[mx.array, mx.array]:
-        """Return cos and sin at the positions of the entries that the call makes: their first tokens."""
+    def near(self, start: int, stop: int, low: int, high: int) -> mx.array | None:
+        """Return the mask [_, 1, queries, keys] of the window's rows from low to high."""
+        return None if self.window is None else self.window[..., start:stop, low:high]
+
+    def places(
+        self, ratio: int, starts: list[int] | None, start: int, stop: int
+    ) -> tuple[mx.array, mx.array]:
+        """Return the places of the entries that the queries see, the first and the end, [_, queries, 1]."""
 
         def make() -> tuple[mx.array, mx.array]:
-            first = self._rows(self.span.first(ratio))
-            return self._angles((first + np.arange(self.span.closed(ratio))) * ratio, True)
+            seen = (self.offset[..., None] + mx.arange(start + 1, stop + 1)) // ratio
+            seen = seen.reshape(-1, stop - start, 1)
+            if starts is None:
+                return mx.zeros_like(seen), seen
+            first = mx.array(starts)[:, None, None]
+            return first, first + seen
 
-        made: tuple[mx.array, mx.array] = self._once(("groups", ratio), make)
+        made: tuple[mx.array, mx.array] = self._once(("places", ratio, start, stop), make)
         return made
 
-    def first_groups(self, ratio: int) -> mx.array:
-        """Return bool [_, groups, 1, 1]: whether a group is the first of its request, with none before it."""
-
-        def make() -> mx.array:
-            numbers = self._rows(self.span.first(ratio)) + np.arange(self.span.closed(ratio))
-            return mx.array(numbers == 0)[:, :, None, None]
-
-        made: mx.array = self._once(("first", ratio), make)
-        return made
-
-    def window_mask(self, start: int, stop: int, low: int) -> np.ndarray[Any, Any]:
-        """Return bool [_, queries, keys]: the queries from start to stop, the window's rows from low on."""
-        query = np.arange(start, stop)[:, None]
-        key = np.arange(low, self.past + stop)[None] - self.past
-        seen = (key <= query) & (key > query - self.window)
-        return seen & (key >= -self._rows(list(self.span.offsets))[..., None])
-
-    def entries_seen(self, ratio: int, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Return [_, queries, 1], the number of entries that each query may see."""
-        positions = self._rows(list(self.span.offsets)) + np.arange(start, stop)
-        return ((positions + 1) // ratio)[..., None]
-
-    def mask(self, ratio: int, start: int, stop: int, low: int, count: int) -> mx.array | None:
-        """Return bool [_, 1, queries, keys] for the window's rows and `count` entries; None: all seen."""
+    def mask(
+        self, ratio: int, starts: list[int] | None, start: int, stop: int, low: int, high: int, count: int
+    ) -> mx.array | None:
+        """Return the mask [_, 1, queries, keys] of the window's rows and `count` entries; None: all seen."""
 
         def make() -> mx.array | None:
-            parts = [self.window_mask(start, stop, low)]
-            if count:
-                parts.append(np.arange(count) < self.entries_seen(ratio, start, stop))
-            both = np.concatenate(parts, axis=-1)
-            return None if both.all() else mx.array(both)[:, None]
-
-        made: mx.array | None = self._once(("mask", ratio, start, stop, low, count), make)
-        return made
-
-    def sparse_masks(self, ratio: int, start: int, stop: int, low: int) -> tuple[mx.array, mx.array] | None:
-        """Return the window's mask [_, queries, keys] and the numbers of entries seen [_, queries, 1].
-
-        None where a single query sees all rows of the window, and all entries there are.
-        """
-
-        def make() -> tuple[mx.array, mx.array] | None:
-            window = self.window_mask(start, stop, low)
-            if stop - start == 1 and self.span.aligned and window.all():
+            near = self.near(start, stop, low, high)
+            if near is None and self.span.aligned and starts is None:
+                # A single query sees all rows of the window, and all entries there are.
                 return None
-            return mx.array(window), mx.array(self.entries_seen(ratio, start, stop))
+            first, end = self.places(ratio, starts, start, stop)
+            place = mx.arange(count)
+            far = ((place >= first) & (place < end))[:, None]
+            batch = max(far.shape[0], 1 if near is None else near.shape[0])
+            shape = (batch, 1, stop - start)
+            if near is None:
+                near = mx.ones((*shape, high - low), mx.bool_)
+            return mx.concatenate(
+                [mx.broadcast_to(part, (*shape, part.shape[-1])) for part in (near, far)], -1
+            )
 
-        made: tuple[mx.array, mx.array] | None = self._once(("sparse", ratio, start, stop, low), make)
+        made: mx.array | None = self._once(("mask", ratio, start, stop, low, high, count), make)
         return made
 
 
@@ -307,6 +304,92 @@ def mixes(streams: mx.array, fn: mx.array, norm_eps: float) -> mx.array:
     return mx.fast.rms_norm(streams.astype(mx.float32).flatten(-2), None, norm_eps) @ fn.T
 
 
+def sinkhorn(matrices: mx.array, iterations: int, eps: float) -> mx.array:
+    """Return [..., M, M], the columns normalized, then `iterations - 1` times the rows and the columns."""
+    kernel = SINKHORN
+    if kernel is None or mx.default_device() != mx.gpu:
+        return plain_sinkhorn(matrices, iterations, eps)
+
+    @mx.custom_function
+    def normalized(matrices: mx.array) -> mx.array:
+        return kernel(matrices, iterations, eps)
+
+    # A kernel has no gradient of its own.
+    @normalized.vjp
+    def backward(matrices: mx.array, cotangent: mx.array, output: mx.array) -> Any:
+        _, gradients = mx.vjp(lambda x: plain_sinkhorn(x, iterations, eps), [matrices], [cotangent])
+        return gradients[0]
+
+    return cast(mx.array, normalized(matrices))
+
+
+def plain_sinkhorn(matrices: mx.array, iterations: int, eps: float) -> mx.array:
+    matrices = matrices / (matrices.sum(axis=-2, keepdims=True) + eps)
+    for _ in range(iterations - 1):
+        matrices = matrices / (matrices.sum(axis=-1, keepdims=True) + eps)
+        matrices = matrices / (matrices.sum(axis=-2, keepdims=True) + eps)
+    return matrices
+
+
+def sinkhorn_kernel() -> Callable[[mx.array, int, float], mx.array] | None:
+    """Return the function that normalizes in one kernel, one thread for each matrix; None without Metal.
+
+    It is that of mlx-lm's deepseek_v41 (Copyright 2026 Apple Inc., MIT license).
+    """
+    if not mx.metal.is_available():
+        return None
+    kernel: Any = mx.fast.metal_kernel(
+        name="deepseek_v4_sinkhorn",
+        input_names=["matrices", "eps"],
+        output_names=["out"],
+        source="""
+            uint n = thread_position_in_grid.x;
+            if (n >= matrices_shape[0]) {
+                return;
+            }
+            float m[SIZE * SIZE];
+            for (int k = 0; k < SIZE * SIZE; k++) {
+                m[k] = matrices[n * SIZE * SIZE + k];
+            }
+            float e = eps[0];
+            for (int t = 0; t < 2 * ITERATIONS - 1; t++) {
+                bool rows = t % 2 == 1;
+                for (int a = 0; a < SIZE; a++) {
+                    float sum = 0.0f;
+                    for (int b = 0; b < SIZE; b++) {
+                        sum += rows ? m[a * SIZE + b] : m[b * SIZE + a];
+                    }
+                    for (int b = 0; b < SIZE; b++) {
+                        int k = rows ? a * SIZE + b : b * SIZE + a;
+                        m[k] = m[k] / (sum + e);
+                    }
+                }
+            }
+            for (int k = 0; k < SIZE * SIZE; k++) {
+                out[n * SIZE * SIZE + k] = m[k];
+            }
+        """,
+    )
+
+    def normalized(matrices: mx.array, iterations: int, eps: float) -> mx.array:
+        size = matrices.shape[-1]
+        flat = matrices.reshape(-1, size, size)
+        (out,) = kernel(
+            inputs=[flat, mx.array([eps])],
+            template=[("SIZE", size), ("ITERATIONS", iterations)],
+            grid=(flat.shape[0], 1, 1),
+            threadgroup=(min(flat.shape[0], 256), 1, 1),
+            output_shapes=[flat.shape],
+            output_dtypes=[mx.float32],
+        )
+        return out.reshape(matrices.shape)
+
+    return normalized
+
+
+SINKHORN = sinkhorn_kernel()
+
+
 @mx.compile
 def collapse(
     streams: mx.array,
@@ -320,12 +403,13 @@ def collapse(
     """Return the input [B, L, D] of a block, and for `expand` the weights of its output and the streams."""
     count = streams.shape[2]
     into, out, among = mx.split(mixes(streams, fn, norm_eps), [count, 2 * count], axis=-1)
-    into_base, out_base, among_base = mx.split(base, [count, 2 * count])
+    # Not by mx.split: checkpoints of gradients in a compiled step cannot have it of what is not trained.
+    into_base, out_base, among_base = base[:count], base[count : 2 * count], base[2 * count :]
     into = mx.sigmoid(into * scale[0] + into_base) + eps
     out = 2 * mx.sigmoid(out * scale[1] + out_base)
     among = mx.unflatten(among * scale[2] + among_base, -1, (count, count))
     among = mx.softmax(among, axis=-1, precise=True) + eps
-    return weighted(streams, into), out, _sinkhorn(among, iters=iterations, eps=mx.array(eps))
+    return weighted(streams, into), out, sinkhorn(among, iterations, eps)
 
 
 @mx.compile
@@ -369,6 +453,18 @@ class HyperHead(nn.Module):
 # ---- experts
 
 
+class Frozen(set[str]):
+    """The names of parameters that are not trained; `always` stay so when a module is unfrozen."""
+
+    def __init__(self, always: Iterable[str] = ()) -> None:
+        super().__init__(always)
+        self.always = frozenset(self)
+
+    def clear(self) -> None:
+        super().clear()
+        self.update(self.always)
+
+
 class Gate(nn.Module):
     """The router. The first layers look the experts of a token up by its id, and only weigh them."""
 
@@ -379,6 +475,8 @@ class Gate(nn.Module):
         self.hashed = layer < args.num_hash_layers
         if self.hashed:
             self.tid2eid = mx.zeros((args.vocab_size, args.num_experts_per_tok), mx.int32)
+            # Integers have no gradient.
+            self._no_grad = Frozen(["tid2eid"])
         else:
             self.e_score_correction_bias = mx.zeros((args.n_routed_experts,))
 
@@ -386,7 +484,7 @@ class Gate(nn.Module):
         """Return the experts of each token and their weights, [B, L, K] both."""
         logits = x @ self.weight.T
         if self.hashed:
-            chosen = self.tid2eid[ids]
+            chosen = mx.stop_gradient(self.tid2eid[ids])
             return chosen, expert_weights(expert_scores(logits), chosen, self.factor)
         chosen, weights = choose_experts(logits, self.e_score_correction_bias, self.top_k, self.factor)
         return chosen, weights
@@ -405,7 +503,7 @@ def expert_weights(scores: mx.array, chosen: mx.array, factor: float) -> mx.arra
 def choose_experts(logits: mx.array, bias: mx.array, top_k: int, factor: float) -> tuple[mx.array, mx.array]:
     scores = expert_scores(logits)
     # The bias takes part in the choice, not in the weights.
-    chosen = mx.argpartition(-(scores + bias), kth=top_k - 1, axis=-1)[..., :top_k]
+    chosen = mx.stop_gradient(mx.argpartition(-(scores + bias), kth=top_k - 1, axis=-1)[..., :top_k])
     return chosen, expert_weights(scores, chosen, factor)
 
 
@@ -436,6 +534,8 @@ class MoE(nn.Module):
         self.sharding_group: mx.distributed.Group | None = None
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        if self.sharding_group is not None:
+            x = sum_gradients(self.sharding_group)(x)
         chosen, weights = self.gate(x, ids)
         routed = self.switch_mlp(x, chosen)  # [B, L, K, D]
         out = (routed * weights[..., None]).sum(axis=-2) + self.shared_experts(x)
@@ -469,22 +569,37 @@ class Compressor(nn.Module):
         self.wgate = nn.Linear(args.hidden_size, width, bias=False)
         self.ape = mx.zeros((ratio, width))
         self.norm = Norm(dim, eps=args.rms_norm_eps)
+        self.rope = RoPE(args, compressed=True)
 
-    def __call__(self, x: mx.array, call: Call, state: Groups) -> mx.array | None:
-        """Return all entries [B, n, dim] up to the end of x [B, L, D]; None where there is none yet."""
+    def __call__(self, x: mx.array, call: Call, tails: ArraysCache, slot: int) -> mx.array | None:
+        """Return the entries [B, 1, g, dim] of the groups that x [B, L, D] closes; None if it closes none.
+
+        `tails[slot]` has the projected tokens that precede x. In a row of the batch that closes fewer groups
+        than another, the last entries have no meaning.
+        """
         span, ratio = call.span, self.ratio
-        rows = state.tokens.append(mx.concatenate([self.wkv(x), self.wgate(x)], axis=-1), span)
+        before = ratio if self.overlap else 0
+        size = before + ratio - 1
+        rows = tail(tails, slot, mx.concatenate([self.wkv(x), self.wgate(x)], axis=-1), size)
         count = span.closed(ratio)
-        if count:
-            before = ratio if self.overlap else 0
-            past = span.past(state.tokens.size)
-            starts = [past - offset % ratio - before for offset in span.offsets]
-            tokens = mx.unflatten(runs(rows, starts, before + count * ratio), 1, (-1, ratio))
-            entries = self._pooled(tokens, call).astype(x.dtype)
-            cos, sin = call.groups(ratio)
-            entries = rotate(self.norm(entries)[:, None], cos, sin)[:, 0]
-            state.entries.write(entries, span.first(ratio))
-        return state.entries.rows
+        if not count:
+            return None
+        tokens = self._run(
+            rows, [size - offset % ratio - before for offset in span.offsets], before + count * ratio
+        )
+        entries = self._pooled(mx.unflatten(tokens, 1, (-1, ratio)), call).astype(x.dtype)
+        return self.rope(self.norm(entries)[:, None], call.first_group(ratio), scale=ratio)
+
+    @staticmethod
+    def _run(rows: mx.array, starts: list[int], length: int) -> mx.array:
+        """Return [B, length, D]: from each row of [B, _, D], `length` consecutive ones from `starts[b]` on.
+
+        What lies behind the end are numbers without a meaning, which the caller leaves unread.
+        """
+        if len(set(starts)) == 1:
+            return rows[:, starts[0] : starts[0] + length]
+        index = mx.minimum(mx.array(starts)[:, None] + mx.arange(length), rows.shape[1] - 1)
+        return mx.take_along_axis(rows, index[..., None], axis=1)
 
     def _pooled(self, tokens: mx.array, call: Call) -> mx.array:
         """Return [B, g, dim] of the groups [B, g, ratio, 2 * width]; if they overlap, after one more."""
@@ -492,8 +607,9 @@ class Compressor(nn.Module):
         gates = gates.astype(mx.float32) + self.ape
         if not self.overlap:
             return pool(values, gates)
-        none = call.first_groups(self.ratio)
-        earlier = mx.where(none, -mx.inf, gates[:, :-1, :, : self.dim])
+        # The first group of a request has none before it.
+        number = call.first_group(self.ratio)[..., None] + mx.arange(tokens.shape[1] - 1)
+        earlier = mx.where((number == 0)[..., None, None], -mx.inf, gates[:, :-1, :, : self.dim])
         return pool(
             mx.concatenate([values[:, :-1, :, : self.dim], values[:, 1:, :, self.dim :]], axis=2),
             mx.concatenate([earlier, gates[:, 1:, :, self.dim :]], axis=2),
@@ -509,26 +625,45 @@ class Indexer(nn.Module):
         self.wq_b = nn.Linear(args.q_lora_rank, self.heads * self.dim, bias=False)
         self.weights_proj = nn.Linear(args.hidden_size, self.heads, bias=False)
         self.compressor = Compressor(args, ratio, self.dim)
+        self.rope = RoPE(args, compressed=True)
 
     def queries(self, x: mx.array, latent: mx.array, call: Call) -> tuple[mx.array, mx.array]:
-        """Return the queries [B, L, h, i] and the weights of their heads [B, L, 1, h], float32 both."""
-        cos, sin, _ = call.tokens(True)
+        """Return the queries [B, L, h, i], and the weights of their heads [B, L, 1, h], float32."""
         q = mx.unflatten(self.wq_b(latent), -1, (self.heads, self.dim)).swapaxes(1, 2)
-        q = rotate(q, cos, sin).swapaxes(1, 2)
-        return q.astype(mx.float32), self.weights_proj(x).astype(mx.float32)[:, :, None]
+        q = self.rope(q, call.offset).swapaxes(1, 2)
+        return q, self.weights_proj(x).astype(mx.float32)[:, :, None]
 
-    def choose(self, q: mx.array, weights: mx.array, keys: mx.array, seen: mx.array | None) -> mx.array:
-        """Return [B, L, top_k] of the entries with the keys [B, n, i]; the first `seen` [_, L, 1] count.
+    def choose(
+        self, q: mx.array, weights: mx.array, keys: mx.array, places: tuple[mx.array, mx.array] | None
+    ) -> mx.array:
+        """Return [B, L, top_k] of the entries with the keys [B, n, i].
 
+        `places`: the place of the first that a query sees and the end, [_, L, 1]; None: it sees all.
         The factors that the reference multiplies the scores with are positive and change no choice.
         """
+        batch, length, heads, _ = q.shape
+        step = max(SCORES // (batch * heads * keys.shape[1]), 1)
+        parts: list[mx.array] = []
+        for start in range(0, length, step):
+            part = q[:, start : start + step]
+            if parts:
+                # One after the other, or the scores of all would be in memory together.
+                part = mx.depends(part, parts[-1])
+            cut = places and tuple(place[:, start : start + step] for place in places)
+            parts.append(self._chosen(part, weights[:, start : start + step], keys, cut))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+    def _chosen(
+        self, q: mx.array, weights: mx.array, keys: mx.array, places: tuple[mx.array, ...] | None
+    ) -> mx.array:
         batch, length, heads, dim = q.shape
-        scores = q.reshape(batch, length * heads, dim) @ keys.astype(mx.float32).swapaxes(-1, -2)
+        scores = q.reshape(batch, length * heads, dim) @ keys.swapaxes(-1, -2)
         scores = mx.maximum(scores, 0).reshape(batch, length, heads, -1)
-        scores = (weights @ scores)[:, :, 0]
-        if seen is not None:
-            scores = mx.where(mx.arange(keys.shape[1]) < seen, scores, -mx.inf)
-        return mx.argpartition(-scores, kth=self.top_k - 1, axis=-1)[..., : self.top_k]
+        scores = (weights @ scores.astype(mx.float32))[:, :, 0]
+        if places is not None:
+            place = mx.arange(keys.shape[1])
+            scores = mx.where((place >= places[0]) & (place < places[1]), scores, -mx.inf)
+        return mx.stop_gradient(mx.argpartition(-scores, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
 
 
 def picked(rows: mx.array, chosen: mx.array) -> mx.array:
@@ -539,14 +674,14 @@ def picked(rows: mx.array, chosen: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Entries:
-    """The compressed entries [B, n, d] of a layer.
+    """The compressed entries [B, n, d] of a layer, and in a batch the place of each row's first.
 
-    `choose`, where each query takes only some: (first query, end, entries, how many of these each query
-    sees) -> [B, queries, top_k].
+    `choose`, where each query takes only some: (first query, end, entries, places) -> [B, queries, top_k].
     """
 
     rows: mx.array
-    choose: Callable[[int, int, int, mx.array | None], mx.array] | None = None
+    starts: list[int] | None
+    choose: Callable[[int, int, int, tuple[mx.array, mx.array] | None], mx.array] | None = None
 
 
 class Attention(nn.Module):
@@ -563,68 +698,97 @@ class Attention(nn.Module):
         self.attn_sink = mx.zeros((self.heads,))
         self.wo_a = MultiLinear(self.heads * self.head_dim // self.groups, args.o_lora_rank, self.groups)
         self.wo_b = nn.Linear(self.groups * args.o_lora_rank, args.hidden_size, bias=False)
+        self.rope = RoPE(args, compressed=self.ratio > 0)
         if self.ratio:
             self.compressor = Compressor(args, self.ratio, self.head_dim)
         if self.ratio == SPARSE:
             self.indexer = Indexer(args, self.ratio)
 
-    def make_cache(self) -> LayerCache:
-        sparse = self.ratio == SPARSE
-        return LayerCache(self.window, self.ratio, overlap=sparse, indexed=sparse)
+    def make_cache(self) -> CacheList:
+        return make_layer_cache(self.window, self.ratio, indexed=self.ratio == SPARSE)
 
-    def __call__(self, x: mx.array, call: Call, cache: LayerCache) -> mx.array:
-        cos, sin, inverse = call.tokens(self.ratio > 0)
+    def __call__(self, x: mx.array, call: Call, cache: CacheList | None) -> mx.array:
         latent = self.q_norm(self.wq_a(x))
         q = mx.unflatten(self.wq_b(latent), -1, (self.heads, self.head_dim))
         q = mx.fast.rms_norm(q, None, self.norm_eps).swapaxes(1, 2)
-        q = rotate(q, cos, sin)
+        q = self.rope(q, call.offset)
         # Keys and values are the same vectors, one for all heads.
-        kv = rotate(self.kv_norm(self.wkv(x))[:, None], cos, sin)[:, 0]
-        rows = cache.window.append(kv, call.span)
-        out = self._attend(q, rows, self._entries(x, latent, call, cache), call)
+        rows = self.rope(self.kv_norm(self.wkv(x))[:, None], call.offset)
+        if cache is not None:
+            count_tokens(cache[TOKENS], call.nothing)
+            rows = append_rows(cache[WINDOW], rows, call.nothing)
+        out = self._attend(q, rows[:, 0], self._entries(x, latent, call, cache), call)
         # The values were turned by their positions; turned back by the query's, they stand relative to it.
-        out = rotate(out, cos, inverse)
+        out = self.rope(out, call.offset, inverse=True)
         batch, _, length, _ = out.shape
         out = out.reshape(batch, self.groups, -1, length, self.head_dim).swapaxes(2, 3).flatten(3)
         out = self.wo_a(out)  # [B, G, L, O]
         return self.wo_b(out.swapaxes(1, 2).flatten(2))
 
-    def _entries(self, x: mx.array, latent: mx.array, call: Call, cache: LayerCache) -> Entries | None:
+    def _entries(self, x: mx.array, latent: mx.array, call: Call, cache: CacheList | None) -> Entries | None:
         """Return the compressed entries, and the choice among them where they are more than a query takes."""
-        if cache.compressor is None:
+        if not self.ratio:
             return None
-        rows = self.compressor(x, call, cache.compressor)
-        if cache.indexer is None:
-            return None if rows is None else Entries(rows)
-        keys = self.indexer.compressor(x, call, cache.indexer)
-        if rows is None or keys is None:
+        tails = ArraysCache(2) if cache is None else cache[TAILS]
+        new = self.compressor(x, call, tails, 0)
+        keys = self.indexer.compressor(x, call, tails, 1) if self.ratio == SPARSE else None
+        starts = None
+        if cache is not None:
+            if tails.lengths is not None:
+                tails.advance(x.shape[1])
+            entries = cache[ENTRIES]
+            if new is not None:
+                append_entries(entries, new, new[..., :0] if keys is None else keys, call.span, self.ratio)
+            if entries.keys is not None:
+                new, keys = entries.keys_and_values()
+            starts = entry_starts(entries)
+        if new is None:
             return None
-        if max(call.span.visible(self.ratio, call.span.length - 1)) <= self.indexer.top_k:
-            return Entries(rows)
+        rows = new[:, 0]
+        most = max(call.span.visible(self.ratio, call.span.length - 1))
+        if self.ratio != SPARSE or most <= self.indexer.top_k:
+            return Entries(rows, starts)
         queries, weights = self.indexer.queries(x, latent, call)
 
-        def choose(start: int, stop: int, count: int, seen: mx.array | None) -> mx.array:
-            return self.indexer.choose(queries[:, start:stop], weights[:, start:stop], keys[:, :count], seen)
+        index_keys = cast(mx.array, keys)[:, 0]
 
-        return Entries(rows, choose)
+        def choose(start: int, stop: int, count: int, places: tuple[mx.array, mx.array] | None) -> mx.array:
+            return self.indexer.choose(
+                queries[:, start:stop], weights[:, start:stop], index_keys[:, :count], places
+            )
+
+        return Entries(rows, starts, choose)
 
     def _attend(self, q: mx.array, rows: mx.array, entries: Entries | None, call: Call) -> mx.array:
-        """Return [B, H, L, d] of the queries over the window's rows [B, past + L, d] and the entries."""
-        parts, step = [], max(QUERY_BLOCK // q.shape[0], 1)
-        for start in range(0, call.span.length, step):
-            stop = min(start + step, call.span.length)
-            low = max(call.past + start - self.window + 1, 0)
-            block, near = q[:, :, start:stop], rows[:, low : call.past + stop]
-            count = 0 if entries is None else max(call.span.visible(self.ratio, stop - 1))
-            if entries is None or not count:
-                parts.append(self._dot(block, near, call.mask(0, start, stop, low, 0)))
-            elif entries.choose is None or count <= self.indexer.top_k:
+        """Return [B, H, L, d] of the queries over the window's rows [B, K, d] and the entries."""
+        length, ratio, span = call.span.length, self.ratio, call.span
+        past = rows.shape[1] - length
+        parts: list[mx.array] = []
+        step = max(QUERY_BLOCK // q.shape[0], 1)
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            low, high = max(past + start - self.window + 1, 0), past + stop
+            block, near = q[:, :, start:stop], rows[:, low:high]
+            if parts:
+                # One after the other, or the temporary arrays of all would be in memory together.
+                block = mx.depends(block, parts[-1])
+            seen = [0] if entries is None else span.visible(ratio, stop - 1)
+            if entries is None or not max(seen):
+                parts.append(self._dot(block, near, call.near(start, stop, low, high)))
+                continue
+            starts = entries.starts
+            count = max(seen) if starts is None else max(map(sum, zip(starts, seen, strict=True)))
+            if entries.choose is None or max(seen) <= self.indexer.top_k:
                 keys = mx.concatenate([near, entries.rows[:, :count]], axis=1)
-                parts.append(self._dot(block, keys, call.mask(self.ratio, start, stop, low, count)))
-            else:
-                masks = call.sparse_masks(self.ratio, start, stop, low)
-                chosen = entries.choose(start, stop, count, masks and masks[1])
-                parts.append(self._sparse(block, near, entries.rows, count, chosen, masks))
+                mask = call.mask(ratio, starts, start, stop, low, high, count)
+                parts.append(self._dot(block, keys, mask))
+                continue
+            places = None
+            if call.window is not None or not span.aligned or starts is not None:
+                places = call.places(ratio, starts, start, stop)
+            chosen = entries.choose(start, stop, count, places)
+            window = call.near(start, stop, low, high)
+            parts.append(self._sparse(block, near, entries.rows[:, :count], chosen, window, places))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def _sparse(
@@ -632,26 +796,29 @@ class Attention(nn.Module):
         q: mx.array,
         near: mx.array,
         far: mx.array,
-        count: int,
         chosen: mx.array,
-        masks: tuple[mx.array, mx.array] | None,
+        window: mx.array | None,
+        places: tuple[mx.array, mx.array] | None,
     ) -> mx.array:
         """Return the attention of a block of queries over the window's rows and each one's chosen entries."""
         batch, length, taken = chosen.shape
-        if masks is None:
+        if places is None:
             keys = mx.concatenate([near, picked(far, chosen)[:, 0]], axis=1)
             return self._dot(q, keys, None)
-        window, valid = mx.broadcast_to(masks[0], (batch, length, near.shape[1])), chosen < masks[1]
-        if length > 1 and count <= DENSE_FACTOR * taken:
-            seen = mx.zeros((batch, length, count), mx.bool_)
+        if window is None:
+            window = mx.ones((1, 1, length, near.shape[1]), mx.bool_)
+        window = mx.broadcast_to(window[:, 0], (batch, length, near.shape[1]))
+        valid = (chosen >= places[0]) & (chosen < places[1])
+        if length > 1 and far.shape[1] <= DENSE_FACTOR * taken:
+            seen = mx.zeros((batch, length, far.shape[1]), mx.bool_)
             seen = mx.put_along_axis(seen, chosen, valid, axis=-1)
-            keys = mx.concatenate([near, far[:, :count]], axis=1)
+            keys = mx.concatenate([near, far], axis=1)
             return self._dot(q, keys, mx.concatenate([window, seen], axis=-1)[:, None])
         # Each query has keys of its own: it becomes a row of the batch. In a block, query j sees the
         # window's rows from `near.shape[1] - length + j` backwards.
         size = min(self.window, near.shape[1])
-        last = np.arange(near.shape[1] - length, near.shape[1])[:, None]
-        index = mx.array(np.maximum(last - size + 1, 0) + np.arange(size))
+        last = mx.arange(near.shape[1] - length, near.shape[1])[:, None]
+        index = mx.maximum(last - size + 1, 0) + mx.arange(size)
         window = mx.take_along_axis(window, mx.broadcast_to(index, (batch, length, size)), axis=-1)
         keys = mx.concatenate([near[:, index], picked(far, chosen)], axis=2)
         out = self._dot(
@@ -682,14 +849,14 @@ class Block(nn.Module):
         self.attn_hc = HyperConnection(args)
         self.ffn_hc = HyperConnection(args)
 
-    def __call__(self, streams: mx.array, ids: mx.array, call: Call, cache: LayerCache) -> mx.array:
+    def __call__(self, streams: mx.array, ids: mx.array, call: Call, cache: CacheList | None) -> mx.array:
         x, out, among = self.attn_hc(streams)
         streams = expand(self.attn(self.attn_norm(x), call, cache), streams, out, among)
         x, out, among = self.ffn_hc(streams)
         return expand(self.ffn(self.ffn_norm(x), ids), streams, out, among)
 
 
-class DeepseekV4Model(nn.Module):
+class DeepseekV4Model(PipelineMixin, nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
@@ -698,16 +865,44 @@ class DeepseekV4Model(nn.Module):
         self.norm = Norm(args.hidden_size, eps=args.rms_norm_eps)
         self.hc_head = HyperHead(args)
 
-    def __call__(self, ids: mx.array, caches: list[LayerCache]) -> mx.array:
-        span = caches[0].span(*ids.shape)
-        call = Call(self.args, span)
+    def __call__(self, ids: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Return the last hidden states [B, L, D]; the cache is brought up to their end."""
+        layers, rank = self.pipeline_layers, self.pipeline_rank
+        if cache is None:
+            cache = [None] * len(layers)
+        for part in cache:
+            if part is not None:
+                adopt(part)
+        span = Span.of(cache, *ids.shape)
         x = self.embed_tokens(ids)
+        window = create_attention_mask(
+            x,
+            None if cache[0] is None else cache[0][WINDOW],
+            window_size=self.args.sliding_window,
+            return_array=True,
+        )
+        if window is not None and window.ndim == 2:
+            window = window[None, None]
+        call = Call(span, window)
         streams = mx.repeat(x[:, :, None], self.args.hc_mult, axis=2)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            cache.span(*ids.shape)
-            streams = layer(streams, ids, call, cache)
-            cache.advance(span)
-        return self.norm(self.hc_head(streams))
+        # From the rank with the layers before these.
+        if rank < self.pipeline_size - 1:
+            streams = mx.distributed.recv_like(streams, rank + 1)
+        for layer, part in zip(layers, cache, strict=True):
+            streams = layer(streams, ids, call, part)
+        # To the rank with the layers behind these; a prompt evaluates nothing but the cache.
+        if rank != 0:
+            streams = mx.distributed.send(streams, (rank - 1) % self.pipeline_size)
+            if cache[-1] is not None:
+                last = cache[-1][WINDOW]
+                last.keys = mx.depends(last.keys, streams)
+        x = self.hc_head(streams)
+        if self.pipeline_size > 1:
+            x = mx.distributed.all_gather(x)[: x.shape[0]]
+        if cache[0] is not None:
+            # What no output has read yet would be kept as a graph, which grows with each token.
+            x = mx.depends(x, [array for part in cache for array in arrays(part)])
+        return self.norm(x)
 
 
 class Model(nn.Module):
@@ -722,18 +917,22 @@ class Model(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Return the logits [B, L, V] of the token ids [B, L]; the cache is brought up to their end."""
-        caches = self.make_cache() if cache is None else cache
-        for i, layer in enumerate(self.layers):
-            if not isinstance(caches[i], LayerCache):
-                # It comes from a file: see ArraysCache.
-                caches[i] = layer.attn.make_cache().adopt(caches[i])
-        return self.lm_head(self.model(inputs, caches))
+        logits = self.lm_head(self.model(inputs, cache))
+        if cache is not None:
+            refuse_quantization(cache[0])
+        return logits
 
     @property
     def layers(self) -> list[Block]:
-        return self.model.layers
+        return self.model.pipeline_layers
 
-    def make_cache(self) -> list[LayerCache]:
+    def make_cache(self) -> list[CacheList]:
+        """Return an empty cache for each layer."""
+        # mlx-lm's make_prompt_cache has max_kv_size, and does not pass it on.
+        caller = inspect.currentframe()
+        caller = caller and caller.f_back
+        if caller is not None and caller.f_locals.get("max_kv_size") is not None:
+            warnings.warn(f"max_kv_size {NO_EFFECT}", stacklevel=3)
         return [layer.attn.make_cache() for layer in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:

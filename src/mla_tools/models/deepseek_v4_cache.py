@@ -1,30 +1,156 @@
-"""What a DeepSeek V4 layer keeps between calls, and which of its rows each call may read.
+"""What a DeepSeek V4 layer keeps between calls: a CacheList of mlx-lm's own caches.
 
-A layer remembers the latents of the last `sliding_window - 1` tokens. A layer with a compressor also has
-an entry for each closed group of `ratio` tokens, and the last projected tokens: those of the open group
-and, where neighbouring groups overlap, those of the group before it. An indexer has both once more, in
-its own width. Only the entries grow.
+    TOKENS   KVCache without numbers: rows of width 0, one for each token seen
+    WINDOW   RotatingKVCache: the latents of the last `sliding_window` tokens
+    TAILS    ArraysCache: the last projected tokens of the compressor, and those of the indexer's
+    ENTRIES  KVCache: one entry for each closed group of `ratio` tokens; its values are the indexer's keys
 
-Everything follows from the number of tokens that each row of the batch has seen, which is known on the
-host: entry i is of the tokens [i * ratio, (i + 1) * ratio), and a query at position p sees the entries
-below (p + 1) // ratio. So rows of a batch may be of different lengths, and padding on the right only has
-to be left out when rows are stored.
+Only layers with a compressor have the last two. An entry reads the tokens of its group and, where
+neighbouring groups overlap, those of the group before it: the tails hold as many tokens as that can be.
+
+So a prompt cache that was saved is read by mlx-lm alone. In a batch, two of mlx-lm's classes do not
+suffice. Its requests close groups at different tokens, which BatchKVCache cannot append, and a window can
+be given the last token of a padded prompt alone, which BatchRotatingKVCache refuses. `adopt` replaces these
+by subclasses, whose requests are extracted as mlx-lm's own classes again.
 """
 
-from __future__ import annotations
-
-import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+)
 
-__all__ = ["ArraysCache", "Groups", "Span", "runs"]
+__all__ = [
+    "ENTRIES",
+    "NO_EFFECT",
+    "TAILS",
+    "TOKENS",
+    "WINDOW",
+    "Span",
+    "adopt",
+    "append_entries",
+    "append_rows",
+    "arrays",
+    "count_tokens",
+    "entry_starts",
+    "make_layer_cache",
+    "refuse_quantization",
+    "tail",
+]
 
-# Entries are allocated for this many tokens at a time, as mlx-lm's caches are.
-GROWTH = 256
+TOKENS, WINDOW, TAILS, ENTRIES = range(4)
+
+NO_EFFECT = (
+    "has no effect on DeepSeek V4: its cache is a window and compressed entries, in the model's dtype."
+)
+
+
+def make_layer_cache(window: int, ratio: int, *, indexed: bool = False) -> CacheList:
+    """Return an empty cache of one layer; ratio 0 is for layers without a compressor."""
+    if not ratio:
+        return CacheList(KVCache(), RotatingKVCache(window))
+    entries = KVCache()
+    # Room is made for as many tokens at a time as in other layers.
+    entries.step = max(KVCache.step // ratio, 1)
+    return CacheList(KVCache(), RotatingKVCache(window), ArraysCache(2 if indexed else 1), entries)
+
+
+def refuse_quantization(cache: CacheList) -> None:
+    """Let a cache say that it stays as it is when mlx-lm's generation quantizes caches (kv_bits).
+
+    That calls `to_quantized` of a cache which has it, and takes what is returned, once the cache has an
+    `offset` that is large enough.
+    """
+    tokens = cache[TOKENS]
+    if type(tokens) is KVCache:
+        cache.offset = tokens.offset
+        cache.to_quantized = MethodType(_unquantized, cache)
+
+
+def _unquantized(cache: CacheList, group_size: int = 64, bits: int = 4) -> CacheList:
+    warnings.warn(f"kv_bits {NO_EFFECT}", stacklevel=3)
+    return cache
+
+
+def arrays(cache: CacheList) -> list[mx.array]:
+    """Return all arrays of the cache of a layer that a call may have changed."""
+    found: list[Any] = []
+    for part in cache.caches:
+        if isinstance(part, ArraysCache):
+            found += part.cache
+        else:
+            found += [part.keys, part.values, part.offset]
+    return [array for array in found if isinstance(array, mx.array)]
+
+
+def tail(cache: ArraysCache, slot: int, rows: mx.array, size: int) -> mx.array:
+    """Return [B, size + L, D], the kept rows with `rows` [B, L, D] behind them, and keep the last `size`.
+
+    Rows from before the first token are zeros.
+    """
+    batch, length, width = rows.shape
+    kept = cache[slot]
+    kept = mx.zeros((batch, size, width), rows.dtype) if kept is None else kept.astype(rows.dtype)
+    rows = mx.concatenate([kept, rows], axis=1)
+    if cache.lengths is None:
+        # A copy, unless it is of a single token: a view would hold the memory of the whole call.
+        cache[slot] = rows[:, 1:] if length == 1 else mx.contiguous(rows[:, length:])
+    else:
+        ends = mx.clip(cache.lengths, 0, length)
+        index = (ends[:, None] + mx.arange(size))[..., None]
+        cache[slot] = mx.take_along_axis(rows, index, axis=1)
+    return rows
+
+
+def count_tokens(cache: KVCache | BatchKVCache, rows: mx.array) -> None:
+    """Count the tokens of a call, for which there are rows [B, 1, L, 0]."""
+    if (
+        type(cache) is KVCache
+        and cache.keys is not None
+        and cache.offset + rows.shape[2] <= cache.keys.shape[2]
+    ):
+        # There is nothing to write.
+        cache.offset += rows.shape[2]
+    else:
+        cache.update_and_fetch(rows, rows)
+
+
+def append_rows(cache: RotatingKVCache | BatchRotatingKVCache, rows: mx.array, none: mx.array) -> mx.array:
+    """Return [B, 1, K, D], what the rows [B, 1, L, D] see of a window, and keep as many as it is long."""
+    found: mx.array = cache.update_and_fetch(rows, none)[0]
+    if type(cache) is RotatingKVCache and cache.keys.shape[2] > cache.max_size:
+        # mlx-lm's class would hold the memory of the whole call until the next one.
+        keys, values, offset, keep, size, _ = cache.state
+        kept = (mx.contiguous(part[:, :, -size:]) for part in (keys, values))
+        cache.state = (*kept, offset, keep, size, size)
+    return found
+
+
+def append_entries(
+    cache: KVCache | BatchKVCache, keys: mx.array, values: mx.array, span: "Span", ratio: int
+) -> None:
+    """Put keys and values [B, 1, g, D], of the groups that a call closes, behind those that there are."""
+    if isinstance(cache, BatchEntries):
+        cache.write(keys, values, span.first(ratio), [end // ratio for end in span.ends])
+    else:
+        cache.update_and_fetch(keys, values)
+
+
+def entry_starts(cache: KVCache | BatchKVCache) -> list[int] | None:
+    """Return the place of each row's first entry; None where all rows begin at the first place."""
+    starts = cache.starts() if isinstance(cache, BatchEntries) else [0]
+    return starts if any(starts) else None
 
 
 @dataclass(frozen=True)
@@ -35,18 +161,36 @@ class Span:
     counts: tuple[int, ...]
     length: int
 
+    @classmethod
+    def of(cls, caches: Sequence[Any], batch: int, length: int) -> "Span":
+        """Return what the next `length` tokens of `batch` rows are to these caches of layers."""
+        if not caches or caches[0] is None:
+            return cls((0,) * batch, (length,) * batch, length)
+        tokens = caches[0][TOKENS]
+        have = batch if tokens.keys is None else tokens.keys.shape[0]
+        if have != batch:
+            raise ValueError(f"The cache holds {have} requests, and {batch} are asked for.")
+        if isinstance(tokens, KVCache):
+            return cls((tokens.offset,) * batch, (length,) * batch, length)
+        seen = tokens.seen()
+        if len(seen) != batch:
+            raise ValueError(f"The cache holds {len(seen)} requests, and {batch} are asked for.")
+        left = next((cache[TAILS].lengths for cache in caches if len(cache.caches) > TAILS), None)
+        if left is None:
+            return cls(tuple(seen), (length,) * batch, length)
+        # In a prompt that is padded on the right, what follows the last token is counted until the end.
+        remaining = _integers(left)
+        offsets = tuple(offset + min(count, 0) for offset, count in zip(seen, remaining, strict=True))
+        return cls(offsets, tuple(min(max(count, 0), length) for count in remaining), length)
+
     @property
     def aligned(self) -> bool:
-        """Whether all rows of the batch stand at the same position."""
-        return len(set(self.offsets)) == 1
+        """Whether all rows of the batch stand at the same position, and none is padded."""
+        return len(set(self.offsets)) == 1 and min(self.counts) == self.length
 
     @property
     def ends(self) -> tuple[int, ...]:
         return tuple(offset + count for offset, count in zip(self.offsets, self.counts, strict=True))
-
-    def past(self, size: int) -> int:
-        """Return how many of the last `size` tokens before the call there are, in the longest row."""
-        return min(max(self.offsets), size)
 
     def first(self, ratio: int) -> list[int]:
         """Return for each row the number of the group that is open when the call begins."""
@@ -62,256 +206,164 @@ class Span:
         return [min(offset + query + 1, end) // ratio for offset, end in seen]
 
 
-def runs(x: mx.array, starts: Sequence[int], length: int) -> mx.array:
-    """Return [B, length, D]: from each row of x, `length` consecutive ones from `starts[b]` on.
-
-    What lies outside of x are numbers without a meaning, which the caller leaves unread.
-    """
-    total = x.shape[1]
-    if len(set(starts)) == 1 and starts[0] >= 0 and starts[0] + length <= total:
-        return x[:, starts[0] : starts[0] + length]
-    index = np.clip(np.asarray(starts)[:, None] + np.arange(length), 0, total - 1)
-    return mx.take_along_axis(x, mx.array(index)[..., None], axis=1)
+# ---- batches
 
 
-class Tail:
-    """The last `size` rows of a stream of rows [B, _, D], in order; the newest of each batch row is last."""
+def _integers(numbers: mx.array) -> list[int]:
+    return [int(number) for number in np.array(numbers)]
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        # Free places behind the last rows: single tokens are written there, and only when none is left
-        # are the rows moved to the front.
-        self.room = size // 8 + 1
-        self.buffer: mx.array | None = None
-        self.end = 0
 
-    @property
-    def rows(self) -> mx.array | None:
-        return None if self.buffer is None else self.buffer[:, : self.end][:, -self.size :]
+def adopt(cache: CacheList) -> None:
+    """Replace the batch caches of mlx-lm in the cache of a layer by those below; others stay."""
+    if type(cache[TOKENS]) is not BatchKVCache:
+        return
+    parts = list(cache.caches)
+    parts[TOKENS], parts[WINDOW] = BatchTokens(parts[TOKENS]), BatchWindow(parts[WINDOW])
+    if len(parts) > ENTRIES:
+        parts[ENTRIES] = BatchEntries(parts[ENTRIES])
+    cache.caches = tuple(parts)
 
-    @rows.setter
-    def rows(self, rows: mx.array | None) -> None:
-        self.buffer, self.end = rows, 0 if rows is None else rows.shape[1]
 
-    def append(self, new: mx.array, span: Span) -> mx.array:
-        """Return [B, past + L, D], the last rows with `new` behind them, and keep the last of those."""
-        past = span.past(self.size)
-        ends = max(span.ends)
-        if span.length <= self.room and min(span.counts) == span.length:
-            self._make_room(new, past)
-            assert self.buffer is not None
-            self.buffer[:, self.end : self.end + span.length] = new
-            self.end += span.length
-            return self.buffer[:, self.end - span.length - past : self.end]
-        old = self.buffer[:, self.end - past : self.end] if self.buffer is not None and past else None
-        rows = new if old is None else mx.concatenate([old, new], axis=1)
-        keep = min(ends, self.size)
-        kept = runs(rows, [past + count - keep for count in span.counts], keep)
-        # A copy: a view would hold the memory of the whole call.
-        self.rows = mx.contiguous(kept) if kept.shape[1] < rows.shape[1] else kept
-        return rows
+class BatchTokens(BatchKVCache):
+    """The numbers of tokens seen, known on the host too, so that no call waits for the one before it."""
 
-    def _make_room(self, new: mx.array, past: int) -> None:
-        batch, length, width = new.shape
-        if self.buffer is not None and self.end + length <= self.buffer.shape[1]:
-            return
-        room = mx.zeros((batch, self.room, width), new.dtype)
-        if self.buffer is None or not past:
-            self.buffer, self.end = room, 0
+    offset: mx.array
+
+    def __init__(self, cache: BatchKVCache) -> None:
+        self.__dict__.update(cache.__dict__)
+        self._seen: list[int] | None = None
+
+    def seen(self) -> list[int]:
+        """Return for each row the number of tokens; padding on the right counts until it is removed."""
+        if self._seen is None:
+            self._seen = _integers(self.offset)
+        return self._seen
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        length = keys.shape[2]
+        seen = [count + length for count in self.seen()]
+        if self.keys is not None and self._idx + length <= self.keys.shape[2]:
+            # There is nothing to write.
+            self._idx += length
+            self.offset = self.offset + length
         else:
-            self.buffer = mx.concatenate([self.buffer[:, self.end - past : self.end], room], axis=1)
-            self.end = past
-
-
-class Entries:
-    """A growing list of rows [B, n, D]; what lies behind the count of a batch row has no meaning."""
-
-    def __init__(self, growth: int) -> None:
-        self.growth = growth
-        self.rows: mx.array | None = None
-
-    def write(self, new: mx.array, starts: Sequence[int]) -> None:
-        """Put new [B, g, D] at `starts[b]` in each row b."""
-        batch, count, width = new.shape
-        need, have = max(starts) + count, 0 if self.rows is None else self.rows.shape[1]
-        if need > have:
-            size = math.ceil(need / self.growth) * self.growth
-            room = mx.zeros((batch, size - have, width), new.dtype)
-            self.rows = room if self.rows is None else mx.concatenate([self.rows, room], axis=1)
-        assert self.rows is not None
-        if len(set(starts)) == 1:
-            self.rows[:, starts[0] : need] = new
-        else:
-            index = mx.array(np.asarray(starts)[:, None] + np.arange(count))
-            self.rows[mx.arange(batch)[:, None], index] = new
-
-
-class Groups:
-    """The state of one compressor: the projected tokens that a later entry needs, and the entries.
-
-    `overlap` means that an entry reads the group before its own too.
-    """
-
-    def __init__(self, ratio: int, *, overlap: bool) -> None:
-        self.ratio = ratio
-        self.tokens = Tail(2 * ratio - 1 if overlap else ratio - 1)
-        self.entries = Entries(max(GROWTH // ratio, 1))
-
-
-class ArraysCache:
-    """The cache of one layer, for requests alone and in batches, as mlx-lm's generation uses caches.
-
-    mlx-lm reads a saved prompt cache by the names of its own classes, and `mlx_lm generate` does so before
-    it has loaded the model. The state here is a list of arrays, as that of mlx-lm's ArraysCache is, and the
-    class has that name: what is saved comes back as an ArraysCache of mlx-lm's, and the model takes the
-    arrays over with `adopt`.
-    """
-
-    def __init__(self, window: int, ratio: int = 0, *, overlap: bool = False, indexed: bool = False) -> None:
-        self.shape = (window, ratio, overlap, indexed)
-        self.offsets: list[int] = [0]
-        self.window = Tail(window - 1)
-        self.compressor = Groups(ratio, overlap=overlap) if ratio else None
-        self.indexer = Groups(ratio, overlap=overlap) if indexed else None
-        # While a prompt is read that is padded on the right: the tokens of each row that are still to come.
-        self._remaining: list[int] | None = None
-
-    # ---- the model's side
-
-    def span(self, batch: int, length: int) -> Span:
-        """Return what the next `length` tokens of `batch` rows are to this cache."""
-        if len(self.offsets) != batch:
-            if any(self.offsets):
-                raise ValueError(f"The cache holds {len(self.offsets)} requests, and {batch} are asked for.")
-            self.offsets = [0] * batch
-        counts = self._remaining or [length] * batch
-        clipped = tuple(min(max(count, 0), length) for count in counts)
-        return Span(tuple(self.offsets), clipped, length)
-
-    def advance(self, span: Span) -> None:
-        """Count the tokens of a call, after all that it stored."""
-        self.offsets = list(span.ends)
-        if self._remaining is not None:
-            self._remaining = [count - span.length for count in self._remaining]
-
-    def adopt(self, saved: Any) -> ArraysCache:
-        """Return this cache with the state that a saved one of mlx-lm's model class holds."""
-        self.state = saved.state
-        return self
-
-    # ---- mlx-lm's side
-
-    @property
-    def state(self) -> tuple[list[mx.array | None], None, None]:
-        """The arrays, in the form of mlx-lm's ArraysCache; the first has the tokens seen."""
-        arrays = [part.rows for part in self._parts()]
-        return [mx.array(self.offsets), *arrays], None, None
-
-    @state.setter
-    def state(self, state: tuple[Sequence[mx.array | None], Any, Any]) -> None:
-        offsets, *arrays = state[0]
-        if offsets is None or len(arrays) != len(self._parts()):
-            raise ValueError("The saved cache is not one of this model.")
-        self.offsets = [int(offset) for offset in np.array(offsets)]
-        for part, rows in zip(self._parts(), arrays, strict=True):
-            part.rows = rows
-
-    def is_trimmable(self) -> bool:
-        """False: tokens that left the window, and those of closed groups, cannot be brought back."""
-        return False
-
-    def trim(self, n: int) -> int:
-        """Return 0, the number of tokens taken back."""
-        return 0
-
-    def size(self) -> int:
-        return max(self.offsets)
-
-    def empty(self) -> bool:
-        return not any(self.offsets)
-
-    @property
-    def nbytes(self) -> int:
-        tails = [part.buffer if isinstance(part, Tail) else part.rows for part in self._parts()]
-        return sum(array.nbytes for array in tails if array is not None)
-
-    @classmethod
-    def merge(cls, caches: Sequence[ArraysCache]) -> ArraysCache:
-        """Return one cache with the rows of all."""
-        merged = caches[0]._like()
-        merged._join(caches)
-        return merged
-
-    def extend(self, other: ArraysCache) -> None:
-        """Append the rows of another cache."""
-        self._join([self, other])
-
-    def filter(self, batch_indices: Sequence[int]) -> None:
-        """Keep only these rows of the batch."""
-        self._take(self, list(batch_indices))
-
-    def extract(self, idx: int) -> ArraysCache:
-        """Return the cache of one row of the batch, without the room that the others needed."""
-        one = self._like()
-        one._take(self, [idx])
-        _, ratio, _, _ = self.shape
-        count = one.offsets[0]
-        for part in one._parts():
-            if part.rows is not None:
-                cut = part.rows[:, -count:] if isinstance(part, Tail) else part.rows[:, : count // ratio]
-                part.rows = mx.contiguous(cut) if count and cut.shape[1] else None
-        return one
-
-    def prepare(
-        self,
-        *,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-        left_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Expect prompts of these lengths, padded on the right to the longest, until `finalize`."""
-        if left_padding is not None and any(left_padding):
-            raise ValueError("This cache takes prompts that are padded on the right, not on the left.")
-        if lengths is not None:
-            self._remaining = [int(length) for length in lengths]
+            super().update_and_fetch(keys, values)
+        self._seen = seen
+        return keys, values
 
     def finalize(self) -> None:
-        """Expect no more padding."""
-        self._remaining = None
+        super().finalize()
+        self._seen = None
 
-    # ---- both
+    def filter(self, batch_indices: Any) -> None:
+        super().filter(batch_indices)
+        self._seen = None
 
-    def _parts(self) -> list[Tail | Entries]:
-        groups = [groups for groups in (self.compressor, self.indexer) if groups is not None]
-        return [self.window, *(part for group in groups for part in (group.tokens, group.entries))]
+    def extend(self, other: BatchKVCache) -> None:
+        super().extend(other)
+        self._seen = None
 
-    def _like(self) -> ArraysCache:
-        window, ratio, overlap, indexed = self.shape
-        return ArraysCache(window, ratio, overlap=overlap, indexed=indexed)
 
-    def _take(self, other: ArraysCache, rows: list[int]) -> None:
-        for part, source in zip(self._parts(), other._parts(), strict=True):
-            part.rows = None if source.rows is None else source.rows[mx.array(rows)]
-        self.offsets = [other.offsets[row] for row in rows]
-        remaining = other._remaining
-        self._remaining = None if remaining is None else [remaining[row] for row in rows]
+class BatchWindow(BatchRotatingKVCache):
+    """A window that can be given a single token of a prompt that is padded."""
 
-    def _join(self, caches: Sequence[ArraysCache]) -> None:
-        """Take the rows of all caches: tails aligned at their ends, entries at their beginnings."""
-        sizes = [len(cache.offsets) for cache in caches]
-        for i, part in enumerate(self._parts()):
-            found = [cache._parts()[i].rows for cache in caches]
-            known = [rows for rows in found if rows is not None]
-            if not known:
-                continue
-            length, width, dtype = max(rows.shape[1] for rows in known), known[0].shape[2], known[0].dtype
-            padded = []
-            for rows, size in zip(found, sizes, strict=True):
-                rows = mx.zeros((size, 0, width), dtype) if rows is None else rows
-                short = length - rows.shape[1]
-                pad = (short, 0) if isinstance(part, Tail) else (0, short)
-                padded.append(mx.pad(rows, [(0, 0), pad, (0, 0)]) if short else rows)
-            part.rows = mx.concatenate(padded)
-        if any(cache._remaining is not None for cache in caches):
-            raise ValueError("Caches are joined between prompts, not within one that is padded.")
-        self.offsets = [offset for cache in caches for offset in cache.offsets]
+    keys: mx.array | None
+    values: mx.array | None
+    left_padding: mx.array
+    _idx: int
+
+    def __init__(self, cache: BatchRotatingKVCache) -> None:
+        self.__dict__.update(cache.__dict__)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self._lengths is not None:
+            return self._update_concat(keys, values)
+        rows = super().update_and_fetch(keys, values)
+        self._shorten()
+        return rows
+
+    def finalize(self) -> None:
+        super().finalize()
+        self._shorten()
+
+    def _shorten(self) -> None:
+        excess = self._idx - self.max_size
+        if excess > 0 and self.keys is not None and self.values is not None and not self.rotated:
+            self.keys = mx.contiguous(self.keys[:, :, excess : self._idx])
+            self.values = mx.contiguous(self.values[:, :, excess : self._idx])
+            self.left_padding = self.left_padding - excess
+            self._idx = self.max_size
+
+    def make_mask(self, N: int, **kwargs: Any) -> mx.array:  # noqa: N803
+        if N == 1 and self._lengths is not None:
+            # That of the first of two tokens, which are appended in the same way.
+            return super().make_mask(2, **kwargs)[..., :1, :-1]
+        return super().make_mask(N, **kwargs)
+
+
+class BatchEntries(BatchKVCache):
+    """The entries of requests that close groups at different tokens.
+
+    Those of row b stand at `left_padding[b]` and behind it, `offset[b]` of them; what follows has no meaning.
+    """
+
+    keys: mx.array | None
+    values: mx.array | None
+    offset: mx.array
+    left_padding: mx.array
+
+    def __init__(self, cache: BatchKVCache) -> None:
+        self.__dict__.update(cache.__dict__)
+        self._starts: list[int] | None = None
+
+    def starts(self) -> list[int]:
+        """Return for each row the place of its first entry."""
+        if self._starts is None:
+            self._starts = _integers(self.left_padding)
+        return self._starts
+
+    def write(self, keys: mx.array, values: mx.array, first: Sequence[int], ends: Sequence[int]) -> None:
+        """Put keys and values [B, 1, g, D] behind `first[b]` entries of row b; then it has `ends[b]`."""
+        batch, heads, count, _ = keys.shape
+        places = [start + number for start, number in zip(self.starts(), first, strict=True)]
+        need = max(places) + count
+        have = 0 if self.keys is None else self.keys.shape[2]
+        if need > have:
+            more = (need - have + self.step - 1) // self.step * self.step
+
+            def grown(old: mx.array | None, new: mx.array) -> mx.array:
+                room = mx.zeros((batch, heads, more, new.shape[-1]), new.dtype)
+                return room if old is None else mx.concatenate([old, room], axis=2)
+
+            self.keys, self.values = grown(self.keys, keys), grown(self.values, values)
+        for held, new in ((self.keys, keys), (self.values, values)):
+            assert held is not None
+            if len(set(places)) == 1:
+                held[:, :, places[0] : need] = new
+            else:
+                index = mx.array(places)[:, None] + mx.arange(count)
+                held[mx.arange(batch)[:, None], 0, index] = new[:, 0]
+        self._idx = max(start + end for start, end in zip(self.starts(), ends, strict=True))
+        self.offset = mx.array(list(ends))
+
+    def prepare(self, **kwargs: Any) -> None:
+        """Padding counts tokens, and no entry is made of it."""
+
+    def finalize(self) -> None:
+        """As `prepare`."""
+
+    def filter(self, batch_indices: Any) -> None:
+        super().filter(batch_indices)
+        self._starts = None
+
+    def extend(self, other: BatchKVCache) -> None:
+        super().extend(other)
+        self._starts = None
+
+    def extract(self, idx: int) -> KVCache:
+        cache, start, count = KVCache(), self.starts()[idx], _integers(self.offset)[idx]
+        if self.keys is not None and self.values is not None and count:
+            cache.keys = mx.contiguous(self.keys[idx : idx + 1, :, start : start + count])
+            cache.values = mx.contiguous(self.values[idx : idx + 1, :, start : start + count])
+            cache.offset = count
+        return cache
