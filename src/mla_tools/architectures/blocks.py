@@ -17,6 +17,7 @@ from mla_tools.quantization import QuantSpec
 from mla_tools.rules import HUB, Drop, Form, Param, Rule
 
 __all__ = [
+    "also_called",
     "decoder_norms",
     "embeddings",
     "experts",
@@ -102,6 +103,20 @@ def renamed(
         for rule in rules
     ]
     return theirs, [_renamed_drop(drop, hub or {}) for drop in drops]
+
+
+def also_called(rules: Iterable[Rule], layout: str, names: Mapping[str, str]) -> list[Rule]:
+    """Return the rules with a further form each where a layout calls their modules differently.
+
+    `names` are the hub's components of names with those of the layout, as in `renamed`.
+    """
+    made = []
+    for rule in rules:
+        hub = rule.forms[0]
+        source = _renamed(hub.source, names)
+        other = replace(hub, layout=layout, source=source)
+        made.append(rule if source == hub.source else rule.also(other))
+    return made
 
 
 def _renamed_drop(drop: Drop, names: Mapping[str, str]) -> Drop:

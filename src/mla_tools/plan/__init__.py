@@ -142,7 +142,9 @@ def steps_of(checkpoint: Checkpoint, options: Options, family: Family | None = N
     stored = ((name, entry.spec) for name, entry in checkpoint.tensors.items())
     lost, blind = checkpoint.lost, checkpoint.blind
     try:
-        return _make_steps(stored, checkpoint.config, options, lost, blind, family)
+        made = _make_steps(stored, checkpoint.config, options, lost, blind, family)
+        # An output is for a class that is made from its config; a class that sanitizes has been made.
+        return replace(made, problems=(*made.family.lacking(checkpoint.config), *made.problems))
     except CheckpointError as error:
         raise CheckpointError([*checkpoint.problems, *error.problems]) from error
 
