@@ -309,15 +309,20 @@ def mtp_layers(
     for route in routes:
         shapes |= zip(route.source, route.shapes, strict=True)
     indices = {name: domain for route in routes for name, domain in route.where.items()}
+    marker = f"{prefix}.eh_proj.weight"
     return [
-        Drop(
-            text,
-            reason,
-            {index: where.get(index, indices.get(index, range(0))) for index in template(text).indices},
-            shape,
-            marker=f"{prefix}.eh_proj.weight",
-        )
-        for text, shape in shapes.items()
+        *(
+            Drop(
+                text,
+                reason,
+                {index: where.get(index, indices.get(index, range(0))) for index in template(text).indices},
+                shape,
+                marker=marker,
+            )
+            for text, shape in shapes.items()
+        ),
+        # Whatever else a layer has that is one.
+        Drop(prefix, reason, where, marker=marker, usual=False, whole=True),
     ]
 
 

@@ -368,8 +368,10 @@ def mtp_drops(g: Geometry) -> list[Drop]:
         for rule in inside
         for route in rule.hub_routes()
     ]
-    return known + [
-        Drop(f"mtp.{{l}}.{name}.weight", reason, anywhere, marker=marker, usual=False) for name in more
+    return [
+        *known,
+        *(Drop(f"mtp.{{l}}.{name}.weight", reason, anywhere, marker=marker, usual=False) for name in more),
+        Drop("mtp.{l}", reason, anywhere, marker=marker, usual=False, whole=True),
     ]
 
 

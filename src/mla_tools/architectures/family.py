@@ -122,6 +122,8 @@ class Family:
 
     def lacking(self, config: Config) -> list[Problem]:
         """Return a problem for each key without which mlx-lm's model class cannot be made."""
+        if not self.required and self.rope is None:
+            return []
         rewritten = self.rewritten(config)
         place = self.place(config)
         numbers = rewritten[place] if place else rewritten

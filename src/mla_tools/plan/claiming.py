@@ -18,10 +18,14 @@ __all__ = ["Claimed", "claim"]
 
 @dataclass
 class Claimed:
-    """The tensors of a checkpoint, each with the place of its name in the table, and what is left out."""
+    """The tensors of a checkpoint, each with the place of its name in the table, and what is left out.
+
+    `unread` are stored tensors that no rule knows and no format reads, with the problem that each is.
+    """
 
     tensors: list[tuple[Source, Match | None]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    unread: list[tuple[Source, Problem]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -61,7 +65,11 @@ def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], tab
                 # Whatever it is, it is left out.
                 made.tensors.append((_plain(prefix + leaf, spec), unread))
                 continue
-            made.problems.append(Problem(prefix + leaf, "cannot be read", found=f"{spec}", cause=reason))
+            problem = Problem(prefix + leaf, "cannot be read", found=f"{spec}", cause=reason)
+            if unread is None:
+                made.unread.append((_plain(prefix + leaf, spec), problem))
+            else:
+                made.problems.append(problem)
         for leaf, spec, reason in answer.drops:
             made.drops.append(Drop(_plain(prefix + leaf, spec), reason))
         for leaf, spec, codec, parts in answer.claims:

@@ -12,6 +12,7 @@ from mla_tools.codecs import SCALES
 from mla_tools.errors import Problem
 from mla_tools.names import short, template
 from mla_tools.plan.claiming import Claimed
+from mla_tools.rules import Drop as Rejected
 from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
@@ -50,6 +51,7 @@ def match(
     """Return what each tensor is for; `lost` names tensors that are there and cannot be read."""
     made = Matched(drops=list(claimed.drops))
     dropped: list[tuple[Source, Match]] = []
+    unknown = list(claimed.unread)
     for source, named in claimed.tensors:
         found, spec = named, source.spec
         route = table.route(found) if found else None
@@ -58,7 +60,7 @@ def match(
             found = table.lookup(source.name, spec.shape)
             route = table.route(found) if found else None
         if found is None:
-            made.problems.append(_unknown(source, family))
+            unknown.append((source, _unknown(source, family)))
         elif route is not None:
             key, slot = table.slot(found)
             made.inputs[found.claim, key][slot] = source
@@ -79,6 +81,7 @@ def match(
     for (claim, _), inputs in made.inputs.items():
         made.layouts[table.routes[claim].layouts] += len(inputs)
     _check_markers(dropped, table, made, lost)
+    _drop_layers(unknown, table, made, lost)
     return made
 
 
@@ -92,8 +95,7 @@ def _check_markers(
         if drop.marker is None:
             continue
         made.dropped_layers.add(found.values[0])
-        values = dict(zip(template(drop.source).indices, found.values, strict=True))
-        marker = template(drop.marker).format(values)
+        marker = _marker(drop, found)
         if marker not in present and marker not in lost:
             made.problems.append(
                 Problem(
@@ -104,6 +106,31 @@ def _check_markers(
                     cause="Does config.json give the right number of layers?",
                 )
             )
+
+
+def _drop_layers(
+    unknown: list[tuple[Source, Problem]], table: Table, made: Matched, lost: Collection[str]
+) -> None:
+    """Drop the tensors that no rule knows where they lie in a layer that is dropped; the others are problems.
+
+    Only the marker of that very layer shows what it is, so that no layer of the model gets lost.
+    """
+    present = {drop.source.name for drop in made.drops} if unknown else set()
+    for source, problem in unknown:
+        found = table.layer(source.name)
+        marker = _marker(table.drop(found), found) if found else None
+        if found is not None and (marker in present or marker in lost):
+            made.drops.append(Drop(source, table.drop(found).reason))
+            made.dropped_layers.add(found.values[0])
+        else:
+            made.problems.append(problem)
+
+
+def _marker(drop: Rejected, found: Match) -> str:
+    """Return the name of the tensor that shows what the layer of a dropped one is."""
+    assert drop.marker is not None
+    values = dict(zip(template(drop.source).indices, found.values, strict=True))
+    return template(drop.marker).format(values)
 
 
 def _unknown(source: Source, family: Family) -> Problem:
