@@ -209,6 +209,7 @@ def options_of(args: argparse.Namespace) -> Options:
         embed_q=embed_q,
         overrides=tuple(overrides),
         keep_vision=args.keep_vision,
+        missing_biases=args.missing_biases,
     )
 
 
@@ -362,6 +363,11 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         metavar="source|float|BITS[,GROUP[,MODE]]",
         help=f"encoding of the K half of a kv_b_proj that keeps its quantization "
         f"(default: {EMBED_Q.bits},{EMBED_Q.group_size})",
+    )
+    add(
+        "--missing-biases",
+        choices=["zero"],
+        help="take zeros where an affine tensor has no biases and others have some (default: refuse it)",
     )
     add(
         "--keep-vision",

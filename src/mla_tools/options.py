@@ -49,8 +49,9 @@ class Options:
     quantized kv_b_proj, whose axis changes: like the source, a QuantSpec, or floats; None for `EMBED_Q` if
     that is possible. `overrides`: pairs of a regular expression and a QuantSpec, or None for floats, for the
     modules whose path contains a match; the last match counts. `keep_vision`: copy the vision tensors,
-    which mlx-lm ignores. `layout`: that of the output, "mlx" for what mlx-lm loads. `format`: a format other
-    than MLX's, for everything that can be quantized.
+    which mlx-lm ignores. `missing_biases`: "zero" to take zeros where an affine tensor has no biases and
+    others have some; None to refuse it. `layout`: that of the output, "mlx" for what mlx-lm loads. `format`:
+    a format other than MLX's, for everything that can be quantized.
     """
 
     quantize: QuantSpec | None = None
@@ -60,6 +61,7 @@ class Options:
     embed_q: EmbedQ | None = None
     overrides: tuple[Override, ...] = ()
     keep_vision: bool = False
+    missing_biases: Literal["zero"] | None = None
     layout: str = "mlx"
     format: TargetCodec | None = None
 
@@ -87,6 +89,7 @@ class Options:
             ),
             'embed_q as text is "source" or "float"': not isinstance(self.embed_q, str)
             or self.embed_q in ("source", "float"),
+            'missing_biases is "zero" or None': self.missing_biases in ("zero", None),
             "dtype is a DType, such as DType.F16": self.dtype is None or isinstance(self.dtype, DType),
             "overrides are a tuple of pairs: a regular expression, and a QuantSpec or None": all(
                 isinstance(pair, tuple)
@@ -111,6 +114,7 @@ class Options:
             "embed_q": dict(EMBED_Q.config) if embed_q is None else embed_q,
             "overrides": [[pattern, spec and dict(spec.config)] for pattern, spec in self.overrides],
             "keep_vision": self.keep_vision,
+            "missing_biases": self.missing_biases,
             "layout": self.layout,
             "format": None if self.format is None else self.format.name,
         }

@@ -179,14 +179,15 @@ def _make_steps(
         family, table = table_of(config, family)
         if options.layout != table.layout:
             table = _aimed(table, options.layout, family)
-        claimed = claim(stored, _section(family, config), table)
+        claimed = claim(stored, _section(family, config), table, zeros=options.missing_biases == "zero")
         matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost)
         gathered = gather(matched, table, lost, blind=blind)
         encoded = encode(gathered.groups, matched.vision, options, table.layers())
         encoded.steps.sort(key=lambda step: natural(step.targets[0].name))
         stages = (claimed, matched, gathered, encoded)
         problems = (*family.refusals(config), *(problem for stage in stages for problem in stage.problems))
-        found = notes(encoded, family, config, options, matched.dropped_layers, whole=not (problems or lost))
+        whole = not (problems or lost)
+        found = notes(encoded, family, config, options, matched.dropped_layers, claimed.bare, whole=whole)
         return Steps(
             family,
             tuple(source for source, _ in claimed.tensors),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,17 +20,24 @@ __all__ = ["Claimed", "claim"]
 class Claimed:
     """The tensors of a checkpoint, each with the place of its name in the table, and what is left out.
 
-    `unread` are stored tensors that no rule knows and no format reads, with the problem that each is.
+    `bare` are the names of affine tensors whose missing biases are taken as zeros. `unread` are stored
+    tensors that no rule knows and no format reads, with the problem that each is.
     """
 
     tensors: list[tuple[Source, Match | None]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    bare: set[str] = field(default_factory=set)
     unread: list[tuple[Source, Problem]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], table: Table) -> Claimed:
-    """Return the tensors that stored tensors are; `section` is what config.json says of them."""
+def claim(
+    stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], table: Table, *, zeros: bool = False
+) -> Claimed:
+    """Return the tensors that stored tensors are; `section` is what config.json says of them.
+
+    `zeros`: biases that only some affine tensors lack are zeros, and no problem.
+    """
     made = Claimed()
     # For each module its leaves and their specs in turn: lists, because there are hundreds of thousands.
     modules: dict[str, list[Any]] = {}
@@ -77,7 +84,7 @@ def claim(stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], tab
             match = weight if leaf == "weight" else table.lookup(name)
             made.tensors.append((new(Source, (name, spec, codec, parts)), match))
     codecs = {codec for answer in seen.values() for _, _, codec, _ in answer.claims}
-    made.problems += _lacking(codecs, made.tensors)
+    _add_lacking(codecs, made, zeros=zeros)
     return made
 
 
@@ -106,21 +113,23 @@ def _answer(module: Module) -> _Answer:
     )
 
 
-def _lacking(codecs: Collection[Codec], tensors: Sequence[tuple[Source, Match | None]]) -> list[Problem]:
-    """Return the problems of tensors that lack a part which others of their kind have."""
-    problems = []
+def _add_lacking(codecs: Collection[Codec], made: Claimed, *, zeros: bool) -> None:
+    """Add the problems of tensors that lack a part which others of their kind have."""
     for what, part, missing, others in lacking(codecs):
         held: dict[Codec, list[Source]] = defaultdict(list)
-        for source, _ in tensors:
+        for source, _ in made.tensors:
             held[source.codec].append(source)
+        if part == "biases" and zeros:
+            made.bare |= {source.name for codec in missing for source in held[codec]}
+            continue
         count = sum(len(held[codec]) for codec in others)
+        cause = "If zeros are meant: --missing-biases zero." if part == "biases" else ""
         for codec in missing:
             found = f"scales without it, and {count:,} other tensors have both ({codec.name})"
-            problems += [
-                Problem(source.label, f"its {what} missing", part_name(source.name, part), found)
+            made.problems += [
+                Problem(source.label, f"its {what} missing", part_name(source.name, part), found, cause)
                 for source in held[codec]
             ]
-    return problems
 
 
 def _plain(name: str, spec: Spec) -> Source:
