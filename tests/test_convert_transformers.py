@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
+import torch
 from conversion import convert
 from mlx_lm.utils import _get_classes
 from reference import FAMILIES, checkpoint, mlx_logits, relative_error, truth
 from safetensors.torch import load_file
-from support import sample
-from transformers import AutoConfig, PreTrainedConfig
+from support import loaded, same, sample
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import mla_tools
 from mla_tools.architectures import MODEL_TYPES, table_of
+from mla_tools.convert import inspect
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.options import Options
@@ -179,7 +184,7 @@ def test_every_family_with_a_config_class_is_here() -> None:
 # --- whole checkpoints -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("kimi_k2", "mistral3")])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "kimi_k2"])
 def test_a_model_that_transformers_saved_keeps_its_logits(family: str, tmp_path: Path) -> None:
     hub = checkpoint(family, "f32")
     config = json.loads((hub / "config.json").read_text())
@@ -189,6 +194,43 @@ def test_a_model_that_transformers_saved_keeps_its_logits(family: str, tmp_path:
     model.save_pretrained(tmp_path / "saved")
     convert(tmp_path / "saved", tmp_path / "out")
     assert max(relative_error(mlx_logits(tmp_path / "out"), truth(hub))) <= TOLERANCE
+
+
+def test_kimi_k25_as_transformers_saves_it_keeps_its_logits(tmp_path: Path) -> None:
+    # Its layers get the name of those in the vision tower. With a tied head, which is the default of this
+    # class alone, it would have no lm_head.
+    keys = {**hubs_config("kimi_k25"), "tie_word_embeddings": False}
+    keys["vision_config"] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["kimi_k25"](**keys)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
+    model.save_pretrained(tmp_path / "saved")
+    plan = convert(tmp_path / "saved", tmp_path / "out")
+    assert plan.checkpoint.config["architectures"] == ["Kimi_K25ForConditionalGeneration"]
+    assert all("not part of the language model" in drop.reason for drop in plan.drops)
+    wanted = reference.torch_logits(model)
+    assert max(relative_error(mlx_logits(tmp_path / "out"), wanted)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["bailing_hybrid", "kimi_linear", "glm4_moe_lite"])
+def test_sanitize_and_inspect_read_such_a_config_too(family: str, way: str, tmp_path: Path) -> None:
+    config = WAYS[way](family, tmp_path / "config")
+    folder = sample(family, "f32")
+    weights = loaded(folder)
+    made = mla_tools.sanitize(weights, config)
+    wanted = mla_tools.sanitize(weights, open_checkpoint(folder).config)
+    assert made.keys() == wanted.keys()
+    assert all(same(made[name], wanted[name]) for name in wanted)
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    (copied / "config.json").write_text(json.dumps(config))
+    assert not inspect(copied).problems
 
 
 # --- what is left out --------------------------------------------------------------------------------
@@ -401,3 +443,28 @@ def test_zero_experts_are_dropped_and_others_are_not() -> None:
     assert {problem.subject for problem in caught.value.problems} > {
         name.removesuffix(".weight") for name in stored if "experts.11." in name
     }
+
+
+STRANGE: tuple[Any, ...] = (
+    *(None, True, 0, -1, 10**30, 0.5, float("nan"), "dense", "sparse"),
+    *([], [1], [None] * 4, ["dense"] * 3, ["sparse", []] * 2, [["full_attention"]] * 4),
+    *({}, {"head_dim": []}, {"type": []}, {"rope_type": {}}),
+)
+WORDS = (
+    *("mlp_layer_types", "layer_types", "linear_attn_config", "linear_head_dim", "linear_num_heads"),
+    *("linear_conv_kernel_dim", "num_expert_group", "model_max_length", "first_k_dense_replace"),
+    *("moe_layer_freq", "layer_group_size", "num_hidden_layers", "rope_parameters", "rope_scaling"),
+    *("compress_rates", "partial_rotary_factor", "moe_intermediate_size"),
+)
+
+
+@pytest.mark.parametrize("family", ["bailing_hybrid", "kimi_linear", "glm4_moe_lite", "mistral4"])
+def test_no_value_of_such_a_key_is_more_than_a_problem(family: str) -> None:
+    found, config = MODEL_TYPES[family], sample_config(family)
+    types = ["linear_attention", "full_attention"] * 2
+    for key in WORDS:
+        for value in STRANGE:
+            given = {**config, "layer_types": types, "mlp_layer_types": ["dense", "sparse"] * 2, key: value}
+            with suppress(CheckpointError):
+                table_of(given)
+                assert all(problem.what for problem in (*found.lacking(given), *found.refusals(given)))

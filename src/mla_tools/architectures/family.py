@@ -12,7 +12,7 @@ from mla_tools.architectures.spelling import Spelled, Speller, mlp_layers
 from mla_tools.errors import Problem
 from mla_tools.rules import Drop, Form, Rule
 
-__all__ = ["NOT_FOR_MLX_VLM", "Family", "refusal", "wrapped"]
+__all__ = ["NOT_FOR_MLX_VLM", "Family", "refusal", "vision_drops", "wrapped"]
 
 # What can load an output with vision tensors. Source: loading both with mlx-vlm 0.7.10.
 FOR_MLX_VLM = "mlx-vlm loads the whole model; mlx_lm.load ignores them and loads the language model"
