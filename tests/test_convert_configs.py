@@ -66,6 +66,8 @@ RIGHT = [
 
 WRONG = [
     pytest.param("youtu_llm", {"rope_scaling": YARN}, "mscale_all_dim", id="youtu-mscale"),
+    pytest.param("deepseek_v3", {"rope_interleave": False}, "turns pairs", id="deepseek_v3-halves"),
+    pytest.param("glm4_moe_lite", {"rope_interleave": False}, "turns pairs", id="glm4_moe_lite-halves"),
     pytest.param(
         "minicpm3",
         {"rope_scaling": {**LONGROPE, "long_factor": [2.0] * 16}},

@@ -215,6 +215,7 @@ def options_of(args: argparse.Namespace) -> Options:
         embed_q=embed_q,
         overrides=tuple(overrides),
         keep_vision=args.keep_vision,
+        missing_biases=args.missing_biases,
     )
 
 
@@ -368,6 +369,11 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         metavar="auto|source|float|BITS[,GROUP[,MODE]]",
         help=f"encoding of the K half of a kv_b_proj that keeps its quantization (default: auto, the smallest"
         f" that loses nothing, else {EMBED_Q.bits},{EMBED_Q.group_size})",
+    )
+    add(
+        "--missing-biases",
+        choices=["zero"],
+        help="take zeros where an affine tensor has no biases and others have some (default: refuse it)",
     )
     add(
         "--keep-vision",

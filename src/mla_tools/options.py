@@ -49,9 +49,10 @@ class Options:
     quantized kv_b_proj, whose axis changes: like the source, a QuantSpec, or floats; "auto", which is what
     None means too, is the smallest of these that loses nothing, else `EMBED_Q`. `overrides`: pairs of a
     regular expression and a QuantSpec, or None for floats, for the modules whose path contains a match; the
-    last match counts. `keep_vision`: copy the vision tensors, which mlx-lm ignores. `layout`: that of the
-    output, "mlx" for what mlx-lm loads. `format`: a format other than MLX's, for everything that can be
-    quantized.
+    last match counts. `keep_vision`: copy the vision tensors, which mlx-lm ignores. `missing_biases`: "zero"
+    to take zeros where an affine tensor has no biases and others have some; None to refuse it. `layout`: that
+    of the output, "mlx" for what mlx-lm loads. `format`: a format other than MLX's, for everything that can
+    be quantized.
     """
 
     quantize: QuantSpec | None = None
@@ -61,6 +62,7 @@ class Options:
     embed_q: EmbedQ | None = None
     overrides: tuple[Override, ...] = ()
     keep_vision: bool = False
+    missing_biases: Literal["zero"] | None = None
     layout: str = "mlx"
     format: TargetCodec | None = None
 
@@ -88,6 +90,7 @@ class Options:
             ),
             'embed_q as text is "auto", "source" or "float"': not isinstance(self.embed_q, str)
             or self.embed_q in ("auto", "source", "float"),
+            'missing_biases is "zero" or None': self.missing_biases in ("zero", None),
             "dtype is a DType, such as DType.F16": self.dtype is None or isinstance(self.dtype, DType),
             "overrides are a tuple of pairs: a regular expression, and a QuantSpec or None": all(
                 isinstance(pair, tuple)
@@ -112,6 +115,7 @@ class Options:
             "embed_q": embed_q or "auto",
             "overrides": [[pattern, spec and dict(spec.config)] for pattern, spec in self.overrides],
             "keep_vision": self.keep_vision,
+            "missing_biases": self.missing_biases,
             "layout": self.layout,
             "format": None if self.format is None else self.format.name,
         }

@@ -222,8 +222,9 @@ class Drop:
     are not what the reason says (a layer beyond the last is an MTP layer only if it has `eh_proj`).
     `usual`: whether the family's checkpoints on the hub have them, so that samples do too.
     `inside`: the drop is of a whole module, everything whose name begins with `source` and a dot; these
-    are the rest of some of the names, for samples. `vision`: these are vision tensors, and this is
-    what `source` is called in the output with --keep-vision.
+    are the rest of some of the names, for samples. `whole`: the drop is of everything in a layer whose
+    marker is there and that no other drop names; `source` is the layer. `vision`: these are vision tensors,
+    and this is what `source` is called in the output with --keep-vision.
     """
 
     source: str
@@ -233,6 +234,7 @@ class Drop:
     marker: str | None = None
     usual: bool = True
     inside: tuple[str, ...] = ()
+    whole: bool = False
     vision: str | None = None
 
 

@@ -54,6 +54,7 @@ class Table:
             read.setdefault(text, []).append(where)
         self.routes = (*self._known(declared), *self._there(declared, read))
         self._modules: dict[str, int] = {}
+        self._whole: list[tuple[int, Drop]] = []
         self._lookup: dict[tuple[str, ...], list[tuple[int, int, tuple[Domain, ...]]]] = {}
         self._slots = [_slots(route) for route in self.routes]
         for claim, route in enumerate(self.routes):
@@ -62,6 +63,8 @@ class Table:
         for claim, drop in enumerate(self.drops, start=len(self.routes)):
             if drop.inside:
                 self._modules[drop.source] = claim
+            elif drop.whole:
+                self._whole.append((claim, drop))
             else:
                 self._add(claim, 0, drop.source, drop.where)
         for text in (text for route in self.routes for text in route.source):
@@ -148,6 +151,21 @@ class Table:
                     return match
                 found = found or match
         return found
+
+    def layer(self, tensor: str) -> Match | None:
+        """Return the drop of the whole layer in which a tensor lies that `lookup` does not know, or None.
+
+        It holds only where the drop's marker is there.
+        """
+        pieces = NUMBER.split(tensor)
+        for claim, drop in self._whole:
+            parsed = template(drop.source)
+            if len(pieces) < 3 or pieces[0] != parsed.words[0] or not any(pieces[2:]):
+                continue
+            value = int(pieces[1])
+            if value in drop.where[parsed.indices[0]]:
+                return Match(claim, 0, (value,))
+        return None
 
     def slot(self, match: Match) -> tuple[tuple[int, ...], int]:
         """Return which application of its route a match belongs to, and as which input."""

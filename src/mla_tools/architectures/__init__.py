@@ -112,10 +112,11 @@ def table_of(config: Mapping[str, Any], family: Family | None = None) -> tuple[F
     Raises CheckpointError that lists every config key that is missing or absurd.
     """
     family = family or family_of(config)
+    misspelled = family.misspelled(config)
     geometry = Geometry(family.numbers(config))
     rules, drops = family.build(geometry)
-    if geometry.problems:
-        raise CheckpointError(list(dict.fromkeys(geometry.problems)))
+    if misspelled or geometry.problems:
+        raise CheckpointError(list(dict.fromkeys((*misspelled, *geometry.problems))))
     routes = [route for rule in rules for route in rule.routes()]
     wanted = sum(len(route.source) * prod(map(len, route.where.values())) for route in routes)
     if wanted > _MOST_TENSORS:

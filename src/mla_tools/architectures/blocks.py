@@ -17,6 +17,7 @@ from mla_tools.quantization import QuantSpec
 from mla_tools.rules import HUB, Drop, Form, Param, Rule
 
 __all__ = [
+    "also_called",
     "decoder_norms",
     "embeddings",
     "experts",
@@ -102,6 +103,20 @@ def renamed(
         for rule in rules
     ]
     return theirs, [_renamed_drop(drop, hub or {}) for drop in drops]
+
+
+def also_called(rules: Iterable[Rule], layout: str, names: Mapping[str, str]) -> list[Rule]:
+    """Return the rules with a further form each where a layout calls their modules differently.
+
+    `names` are the hub's components of names with those of the layout, as in `renamed`.
+    """
+    made = []
+    for rule in rules:
+        hub = rule.forms[0]
+        source = _renamed(hub.source, names)
+        other = replace(hub, layout=layout, source=source)
+        made.append(rule if source == hub.source else rule.also(other))
+    return made
 
 
 def _renamed_drop(drop: Drop, names: Mapping[str, str]) -> Drop:
@@ -294,15 +309,20 @@ def mtp_layers(
     for route in routes:
         shapes |= zip(route.source, route.shapes, strict=True)
     indices = {name: domain for route in routes for name, domain in route.where.items()}
+    marker = f"{prefix}.eh_proj.weight"
     return [
-        Drop(
-            text,
-            reason,
-            {index: where.get(index, indices.get(index, range(0))) for index in template(text).indices},
-            shape,
-            marker=f"{prefix}.eh_proj.weight",
-        )
-        for text, shape in shapes.items()
+        *(
+            Drop(
+                text,
+                reason,
+                {index: where.get(index, indices.get(index, range(0))) for index in template(text).indices},
+                shape,
+                marker=marker,
+            )
+            for text, shape in shapes.items()
+        ),
+        # Whatever else a layer has that is one.
+        Drop(prefix, reason, where, marker=marker, usual=False, whole=True),
     ]
 
 

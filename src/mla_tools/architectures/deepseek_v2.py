@@ -41,6 +41,8 @@ FAMILY = Family(
     "deepseek_v2",
     "deepseek_v2",
     build,
+    # What the class of transformers takes where it is missing. Source: DeepseekV2Config.
+    defaults={"topk_method": "greedy"},
     architectures=("DeepseekV2ForCausalLM",),
     rewrite=rewrite,
     refuse=refuse,

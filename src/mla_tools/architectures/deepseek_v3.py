@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from mla_tools.architectures import blocks
-from mla_tools.architectures.family import Family
+from mla_tools.architectures.family import Family, refusal
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.errors import Problem
 from mla_tools.names import Domain
 from mla_tools.rules import Drop, Rule
 
-__all__ = ["FAMILY", "decoder"]
+__all__ = ["DEFAULTS", "FAMILY", "decoder", "refuse"]
+
+
+def refuse(config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse a rope that turns halves, as models trained with transformers may have: mlx-lm's turns pairs."""
+    if config.get("rope_interleave", True) is not False:
+        return []
+    return [refusal("its rope turns pairs", needed="rope_interleave true", found="rope_interleave false")]
 
 
 def decoder(
@@ -52,5 +61,22 @@ def decoder(
     return rules, drops
 
 
-FAMILY = Family("deepseek_v3", "deepseek_v3", decoder, architectures=("DeepseekV3ForCausalLM",))
-KIMI_K2 = Family("kimi_k2", "kimi_k2", partial(decoder, rotary=True))
+# What the class of transformers takes where they are missing; mlx-lm's model class takes other values.
+# Source: DeepseekV3Config.
+DEFAULTS = {
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 4,
+}
+
+FAMILY = Family(
+    "deepseek_v3",
+    "deepseek_v3",
+    decoder,
+    defaults=DEFAULTS,
+    architectures=("DeepseekV3ForCausalLM",),
+    refuse=refuse,
+)
+KIMI_K2 = Family("kimi_k2", "kimi_k2", partial(decoder, rotary=True), defaults=DEFAULTS, refuse=refuse)

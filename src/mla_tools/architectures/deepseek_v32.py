@@ -37,6 +37,8 @@ FAMILY = Family(
     "deepseek_v32",
     "deepseek_v32",
     build,
+    # As V3. Source: DeepseekV32Config in transformers.
+    defaults=deepseek_v3.DEFAULTS,
     architectures=("DeepseekV32ForCausalLM",),
     # All norms, unlike V3; the indexer's k_norm is a LayerNorm.
     float32=("e_score_correction_bias", "norm.weight", "norm.bias"),

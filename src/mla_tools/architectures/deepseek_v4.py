@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from mla_tools.architectures import blocks
 from mla_tools.architectures.deepseek_v4_attention import attention_parts
-from mla_tools.architectures.deepseek_v4_config import hub_keys, refuse, remarks
+from mla_tools.architectures.deepseek_v4_config import hub_keys, refuse, remarks, spelling
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import OPEN, Geometry, label
 from mla_tools.errors import Problem
@@ -320,7 +320,7 @@ def collapse(g: Geometry, at: Place, where: blocks.Where) -> list[Rule]:
 
 
 def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
-    config = g.config = {**g.config, **hub_keys(g.config)}
+    config = g.config
     layers, hidden, vocab = g.layers(), g.dim("hidden_size"), g.dim("vocab_size")
     # No tensor has it, and the class does not do without.
     g.dim("qk_rope_head_dim")
@@ -368,8 +368,10 @@ def mtp_drops(g: Geometry) -> list[Drop]:
         for rule in inside
         for route in rule.hub_routes()
     ]
-    return known + [
-        Drop(f"mtp.{{l}}.{name}.weight", reason, anywhere, marker=marker, usual=False) for name in more
+    return [
+        *known,
+        *(Drop(f"mtp.{{l}}.{name}.weight", reason, anywhere, marker=marker, usual=False) for name in more),
+        Drop("mtp.{l}", reason, anywhere, marker=marker, usual=False, whole=True),
     ]
 
 
@@ -386,9 +388,37 @@ FAMILY = Family(
     "deepseek_v4",
     build,
     # What the class needs and transformers has defaults for.
-    defaults={"n_shared_experts": 1, "hc_mult": 4, "compress_rope_theta": 160000.0},
+    defaults={
+        "n_shared_experts": 1,
+        "hc_mult": 4,
+        "compress_rope_theta": 160000.0,
+        "routed_scaling_factor": 1.5,
+    },
     architectures=("DeepseekV4ForCausalLM",),
     float32=("_fn", "_base", "_scale", "attn_sink", "gate.bias", ".ape"),
+    required=(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "qk_rope_head_dim",
+        "q_lora_rank",
+        "o_lora_rank",
+        "o_groups",
+        "moe_intermediate_size",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "sliding_window",
+        "compress_ratios",
+        "compress_rope_theta",
+        "index_n_heads",
+        "index_head_dim",
+        "index_topk",
+        "num_hash_layers",
+    ),
+    rope=None,
+    spelling=spelling,
     rewrite=hub_keys,
     refuse=refuse,
     runtime="deepseek_v4",

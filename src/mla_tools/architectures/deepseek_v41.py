@@ -181,5 +181,6 @@ FAMILY = Family(
     architectures=("DeepseekV41ForCausalLM",),
     section="text_config",
     flat=True,
+    rope=None,
     float32=("_fn", "_base", "_scale", "attn_sink", "gate.bias", "gate.bias_vl"),
 )

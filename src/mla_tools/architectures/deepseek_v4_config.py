@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.architectures.rope import flat_rope, rope_type
+from mla_tools.architectures.spelling import Spelled
 from mla_tools.errors import Problem
 
-__all__ = ["hub_keys", "refuse", "remarks"]
+__all__ = ["hub_keys", "refuse", "remarks", "spelling"]
 
 
 def hub_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,9 +44,14 @@ def hub_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def spelling(config: Mapping[str, Any]) -> Spelled:
+    """Return what `hub_keys` does; what cannot be used in it, the table and `refuse` say."""
+    return Spelled(hub_keys(config), [])
+
+
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Return what the class does not compute, or computes differently from transformers."""
-    keys = {**config, **hub_keys(config)}
+    keys = config
     scaling, mlps = keys.get("rope_scaling"), config.get("mlp_layer_types")
     scaling = scaling if isinstance(scaling, Mapping) else {}
     count = keys.get("num_hash_layers")

@@ -58,6 +58,7 @@ def drafter(shapes: Shapes) -> Family | None:
         name,
         build,
         defaults={"n_shared_experts": 1, "hc_mult": 4},
+        rope=None,
         rewrite=partial(_config, count=len(layers), rank=rank),
         refuse=_refuse if kind == "dspark" else None,
     )

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.architectures.rope import Config, flat_rope
+from mla_tools.architectures.rope import Config, flat_rope, lacking_in_rope
+from mla_tools.architectures.spelling import Spelled, Speller, mlp_layers
 from mla_tools.errors import Problem
 from mla_tools.models.bundle import bundled
 from mla_tools.rules import Drop, Form, Rule
 
-__all__ = ["NOT_FOR_MLX_VLM", "Family", "refusal", "wrapped"]
+__all__ = ["NOT_FOR_MLX_VLM", "Family", "refusal", "vision_drops", "wrapped"]
 
 # What can load an output with vision tensors. Source: loading both with mlx-vlm 0.7.10.
 FOR_MLX_VLM = "mlx-vlm loads the whole model; mlx_lm.load ignores them and loads the language model"
@@ -32,12 +33,14 @@ class Family:
     `model_type` names mlx-lm's model class. `defaults` are keys that this class needs and that checkpoints
     leave out, with the value that the reference implementation uses then. `architectures` recognise a
     config without a model_type. `float32` are the endings of the tensors that the hub's checkpoints store
-    in F32.
+    in F32. `required` are the keys without which mlx-lm's ModelArgs cannot be made, and
+    `rope` is the one of which it makes its rope, None where it has none of mlx-lm's. `spelling` says in the
+    hub's keys what a config of transformers 5 says in others; without it, mlp_layer_types alone.
 
     `section` is the key of config.json under which the language model's numbers stand in a multimodal
     config, and `inside` are the model_types that may stand there, none for any; with `flat` the numbers
     may also stand at the top, as mlx-lm's model class reads them without the section. `build`, `defaults`,
-    `rewrite` and `refuse` all see that section. `rewrite` returns the keys that the
+    `spelling`, `rewrite` and `refuse` all see that section. `rewrite` returns the keys that the
     output's config must have instead, because mlx-lm's model class reads them differently; without it,
     rope_parameters become rope_theta and rope_scaling. `refuse` returns what makes that class compute
     something else than the reference implementation, whatever the weights. `vision` says what
@@ -52,6 +55,9 @@ class Family:
     defaults: Mapping[str, Any] | None = None
     architectures: tuple[str, ...] = ()
     float32: tuple[str, ...] = ("e_score_correction_bias", "inv_freq")
+    required: tuple[str, ...] = ()
+    rope: str | None = "rope_scaling"
+    spelling: Speller | None = None
     section: str | None = None
     inside: tuple[str, ...] = ()
     flat: bool = False
@@ -72,12 +78,20 @@ class Family:
         return part if isinstance(part, Mapping) else {}
 
     def numbers(self, config: Config) -> dict[str, Any]:
-        """Return the part of a config that the table is made from, with the defaults filled in.
+        """Return the part of a config that the table is made from, in the hub's words, with the defaults.
 
         A null is no value where there is a default.
         """
-        defaults, given = self.defaults or {}, self.given(config).items()
-        return {**defaults, **{k: v for k, v in given if v is not None or k not in defaults}}
+        given, defaults = self.given(config), self.defaults or {}
+        spelled = {**given, **self._spelled(given).keys}
+        return {**defaults, **{k: v for k, v in spelled.items() if v is not None or k not in defaults}}
+
+    def misspelled(self, config: Config) -> list[Problem]:
+        """Return what a config says in the words of transformers 5 and the hub's cannot say."""
+        return self._spelled(self.given(config)).problems
+
+    def _spelled(self, given: Config) -> Spelled:
+        return (self.spelling or mlp_layers)(given)
 
     def rewritten(self, config: Config) -> dict[str, Any]:
         """Return the config that mlx-lm's class needs; neither the dtype nor the quantization is touched."""
@@ -103,9 +117,32 @@ class Family:
         """Return what no conversion can correct in mlx-lm's model class."""
         return self.refuse(self.numbers(config)) if self.refuse else []
 
+    def lacking(self, config: Config) -> list[Problem]:
+        """Return a problem for each key without which mlx-lm's model class cannot be made."""
+        if not self.required and self.rope is None:
+            return []
+        rewritten = self.rewritten(config)
+        place = self.place(config)
+        numbers = rewritten[place] if place else rewritten
+        return [
+            Problem("config.json", f"{key} is missing", f"{key}, which mlx-lm's model class asks for", found)
+            for key in self.required
+            if (found := _absent(numbers, key))
+        ] + (lacking_in_rope(self.rope, numbers.get(self.rope)) if self.rope else [])
+
     def remarked(self, config: Config) -> list[str]:
         """Return what is worth saying about a config."""
         return self.remarks(self.numbers(config)) if self.remarks else []
+
+
+# What may be null: a model without a rank of the queries, or without experts.
+_NULLABLE = ("q_lora_rank", "n_routed_experts", "n_shared_experts")
+
+
+def _absent(numbers: Config, key: str) -> str:
+    if key not in numbers:
+        return "no such key"
+    return "null" if numbers[key] is None and key not in _NULLABLE else ""
 
 
 def refusal(what: str, *, needed: str = "", found: str = "", cause: str = "") -> Problem:

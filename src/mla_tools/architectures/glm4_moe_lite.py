@@ -11,5 +11,9 @@ FAMILY = Family(
     "glm4_moe_lite",
     "glm4_moe_lite",
     deepseek_v3.decoder,
+    # What the class of transformers takes where they are missing. Source: Glm4MoeLiteConfig, and
+    # PreTrainedConfig for rope_theta.
+    defaults={"first_k_dense_replace": 1, "rope_theta": 10000.0},
     architectures=("Glm4MoeLiteForCausalLM",),
+    refuse=deepseek_v3.refuse,
 )

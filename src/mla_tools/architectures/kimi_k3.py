@@ -80,6 +80,7 @@ FAMILY = wrapped(
         "kimi_linear",
         decoder,
         float32=("A_log", "dt_bias", "e_score_correction_bias", "o_norm.weight", "conv1d.weight"),
+        rope=None,
     ),
     "kimi_k3",
     flat=True,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from mla_tools.architectures import blocks
 from mla_tools.architectures.delta_attention import delta_attention
 from mla_tools.architectures.family import Family
 from mla_tools.architectures.geometry import Geometry
+from mla_tools.architectures.rope import Config
+from mla_tools.architectures.spelling import Spelled, layer_words, mlp_layers
 from mla_tools.errors import Problem
 from mla_tools.names import Domain, fold_indices
 from mla_tools.rules import Drop, Param, Rule
@@ -81,17 +84,79 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
     rules += blocks.decoder_norms(g, {"l": layers})
     rules += kda(g, {"l": linear}) if linear else []
     rules += blocks.mla_attention(g, {"l": frozenset(layers) - linear})
-    rules += blocks.mlp(_MLP, g.dim("hidden_size"), inner, {"l": dense})
+    mlp = blocks.mlp(_MLP, g.dim("hidden_size"), inner, {"l": dense})
+    # transformers 5 saves each MLP under the name that a mixture of experts has.
+    rules += blocks.also_called(mlp, "transformers", {"mlp": "block_sparse_moe"})
     rules += experts(g, sparse, count) + shared_experts(g, sparse) if sparse else []
     return rules, tied + blocks.rotary_buffers(g, usual=False)
 
+
+def spelling(config: Config) -> Spelled:
+    """Return linear_attn_config for what transformers 5 has beside it or instead: its sizes and layer_types.
+
+    As KimiLinearConfig reads them: the sizes in linear_attn_config go before those beside it, and
+    layer_types go before its lists of layers, which count from 1.
+    """
+    found = mlp_layers(config)
+    given = config.get("linear_attn_config")
+    if given is not None and not isinstance(given, Mapping):
+        return found
+    linear = dict(given or {})
+    for theirs, ours in _SIZES.items():
+        if linear.get(ours) is None and config.get(theirs) is not None:
+            linear[ours] = config[theirs]
+    kinds, problems = layer_words(config, "layer_types", "full_attention", "linear_attention")
+    if kinds is not None:
+        for ours, word in (("full_attn_layers", "full_attention"), ("kda_layers", "linear_attention")):
+            linear[ours] = [n for n, kind in enumerate(kinds, start=1) if kind == word]
+    keys = {} if linear == (given or {}) else {"linear_attn_config": linear}
+    return found | (keys, problems)
+
+
+# The keys of transformers 5 with those in linear_attn_config.
+_SIZES = {
+    "linear_head_dim": "head_dim",
+    "linear_num_heads": "num_heads",
+    "linear_conv_kernel_dim": "short_conv_kernel_size",
+}
 
 FAMILY = Family(
     "kimi_linear",
     "kimi_linear",
     build,
-    # mlx-lm's ModelArgs asks for the key and never reads it.
-    defaults={"model_max_length": 4096},
+    # mlx-lm's ModelArgs asks for some of these; what the class of transformers takes where they are missing.
+    # Neither reads rope_theta: the attention has no rope. Source: KimiLinearConfig, and PreTrainedConfig for
+    # rope_theta.
+    defaults={
+        "first_k_dense_replace": 1,
+        "mla_use_nope": True,
+        "model_max_length": 1048576,
+        "moe_renormalize": True,
+        "num_expert_group": 1,
+        "num_experts_per_token": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "routed_scaling_factor": 2.446,
+        "topk_group": 1,
+    },
     architectures=("KimiLinearForCausalLM",),
     float32=("A_log", "dt_bias"),
+    required=(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "head_dim",
+        "rope_theta",
+        "rms_norm_eps",
+        "linear_attn_config",
+        "model_max_length",
+        "num_experts",
+        "moe_intermediate_size",
+        "kv_lora_rank",
+    ),
+    rope=None,
+    spelling=spelling,
 )

@@ -58,7 +58,20 @@ def _decoder(g: Geometry, words: str) -> tuple[list[Rule], list[Drop]]:
         *classifier,
         blocks.param(f"{mlp}.router.e_score_correction_bias", (choices,), where, cast=False),
     ]
-    return rules, _mtp(g)
+    return rules, [*_zero_experts(g, where), *_mtp(g)]
+
+
+def _zero_experts(g: Geometry, where: blocks.Where) -> list[Drop]:
+    """Return the drops of the experts that pass on what they get: transformers 5 writes weights for them."""
+    count, hidden = g.count("n_routed_experts"), g.dim("hidden_size")
+    inner = g.dim("expert_ffn_hidden_size")
+    zero = {**where, "e": range(count, count + g.count("zero_expert_num", 0, least=0))}
+    reason = "an expert that changes nothing, whose weights no model reads (zero_expert_num)"
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    return [
+        Drop(f"model.layers.{{l}}.mlp.experts.{{e}}.{name}.weight", reason, zero, shape, usual=False)
+        for name, shape in shapes.items()
+    ]
 
 
 def _mtp(g: Geometry) -> list[Drop]:
@@ -84,7 +97,42 @@ def _mtp(g: Geometry) -> list[Drop]:
     return [Drop(route.source[0], reason, route.where, route.shapes[0]) for route in routes]
 
 
-_DEFAULTS = {"attention_bias": False, "attention_method": "MLA", "zero_expert_type": "identity"}
+# mlx-lm's ModelArgs asks for these. The class of transformers has them as defaults (rope_theta), or its model
+# always computes so. Source: LongcatFlashConfig, LongcatFlashMLA.
+_DEFAULTS = {
+    "attention_bias": False,
+    "attention_method": "MLA",
+    "mla_scale_kv_lora": True,
+    "mla_scale_q_lora": True,
+    "moe_topk": 12,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000000.0,
+    "routed_scaling_factor": 6.0,
+    "zero_expert_type": "identity",
+}
+
+_REQUIRED = (
+    "hidden_size",
+    "ffn_hidden_size",
+    "moe_topk",
+    "expert_ffn_hidden_size",
+    "n_routed_experts",
+    "zero_expert_num",
+    "num_layers",
+    "vocab_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "routed_scaling_factor",
+    "rms_norm_eps",
+    "rope_theta",
+    "mla_scale_q_lora",
+    "mla_scale_kv_lora",
+)
 
 _FLOAT32 = ("classifier.weight", "e_score_correction_bias")
 
@@ -95,6 +143,7 @@ FAMILY = Family(
     defaults={**_DEFAULTS, "model_type": "longcat_flash"},
     architectures=("LongcatFlashForCausalLM",),
     float32=_FLOAT32,
+    required=(*_REQUIRED, "attention_method", "zero_expert_type", "attention_bias"),
 )
 NGRAM = Family(
     "longcat_flash_ngram",
@@ -103,4 +152,5 @@ NGRAM = Family(
     defaults={**_DEFAULTS, "model_type": "longcat_flash_ngram"},
     architectures=("LongcatFlashNgramForCausalLM",),
     float32=_FLOAT32,
+    required=_REQUIRED,
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Config", "flat_rope", "nested_rope", "rope_parameters", "rope_type"]
+from mla_tools.errors import Problem, clipped
+
+__all__ = ["Config", "flat_rope", "lacking_in_rope", "nested_rope", "rope_parameters", "rope_type"]
 
 Config = Mapping[str, Any]
 
@@ -25,6 +27,39 @@ def rope_parameters(config: Config) -> dict[str, Any]:
 def rope_type(rope: Config) -> object:
     """Return the kind of rope, which has an old and a new name."""
     return rope.get("rope_type", rope.get("type", "default"))
+
+
+# The kinds of rope that mlx-lm knows, with the keys that it asks for. Source: initialize_rope in 0.32.2.
+_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "deepseek_yarn": ("factor",),
+    "telechat3-yarn": ("factor",),
+    "llama3": ("factor",),
+    "longrope": ("original_max_position_embeddings", "short_factor", "long_factor"),
+    "proportional": (),
+    "mrope": ("mrope_section",),
+}
+
+
+def lacking_in_rope(key: str, rope: object) -> list[Problem]:
+    """Return the problems of a rope of which mlx-lm cannot make a module; `key` is where it stands."""
+    if rope is None:
+        return []
+    if not isinstance(rope, Mapping):
+        return [Problem("config.json", f"{key} cannot be used", "an object or null", clipped(rope))]
+    # mlx-lm looks at the old name first.
+    kind = rope.get("type") or rope.get("rope_type", "default")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        known = f"a rope_type that mlx-lm knows: {', '.join(_KINDS)}"
+        return [Problem("config.json", f"{key} cannot be used", known, f"rope_type {clipped(kind)}")]
+    return [
+        Problem("config.json", f"{name} is missing in {key}", f"{name}, for rope_type {kind}", "no such key")
+        for name in _KINDS[kind]
+        if rope.get(name) is None
+    ]
 
 
 def nested_rope(config: Config) -> dict[str, Any]:

@@ -65,7 +65,9 @@ FAMILY = Family(
     "youtu_llm",
     "youtu_llm",
     build,
-    defaults={"tie_word_embeddings": True},
+    # What the class of transformers takes where they are missing. Source: YoutuConfig, and PreTrainedConfig
+    # for rope_theta.
+    defaults={"tie_word_embeddings": True, "rope_theta": 10000.0},
     architectures=("YoutuForCausalLM", "YoutuLLMForCausalLM"),
     rewrite=rewrite,
     refuse=refuse,

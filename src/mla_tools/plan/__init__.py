@@ -144,7 +144,9 @@ def steps_of(checkpoint: Checkpoint, options: Options, family: Family | None = N
     stored = ((name, entry.spec) for name, entry in checkpoint.tensors.items())
     lost, blind = checkpoint.lost, checkpoint.blind
     try:
-        return _make_steps(stored, checkpoint.config, options, lost, blind, family)
+        made = _make_steps(stored, checkpoint.config, options, lost, blind, family)
+        # An output is for a class that is made from its config; a class that sanitizes has been made.
+        return replace(made, problems=(*made.family.lacking(checkpoint.config), *made.problems))
     except CheckpointError as error:
         raise CheckpointError([*checkpoint.problems, *error.problems]) from error
 
@@ -188,7 +190,7 @@ def _make_steps(
         family, table = table_of(config, family)
         if options.layout != table.layout:
             table = _aimed(table, options.layout, family)
-        claimed = claim(stored, _section(family, config), table, partial=partial)
+        claimed = claim(stored, _section(family, config), table, zeros=options.missing_biases == "zero")
         matched = match(claimed, table, family, keep_vision=options.keep_vision, lost=lost, partial=partial)
         gathered = gather(matched, table, lost, blind=blind, partial=partial)
         encoded = encode(gathered.groups, matched.vision, options, table.layers(), packed=packed)
@@ -196,7 +198,7 @@ def _make_steps(
         stages = (claimed, matched, gathered, encoded)
         problems = (*family.refusals(config), *(problem for stage in stages for problem in stage.problems))
         whole = not (problems or lost or partial)
-        found = notes(encoded, family, config, options, matched.dropped_layers, whole=whole)
+        found = notes(encoded, family, config, options, matched.dropped_layers, claimed.bare, whole=whole)
         return Steps(
             family,
             tuple(source for source, _ in claimed.tensors),

@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mla_tools.codecs import SCALES, Codec, Dense, Module, bundle, lacking, part_name
+from mla_tools.codecs import Codec, Dense, Module, bundle, lacking, part_name
 from mla_tools.errors import Problem
 from mla_tools.spec import Spec
 from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
-__all__ = ["Claimed", "claim", "is_foreign"]
+__all__ = ["Claimed", "claim"]
 
 
 @dataclass
 class Claimed:
     """The tensors of a checkpoint, each with the place of its name in the table, and what is left out.
 
-    `foreign`: the stored tensors that are nothing of this table's, where these are no problem.
+    `bare` are the names of affine tensors whose missing biases are taken as zeros. `unread` are stored
+    tensors that no rule knows and no format reads, with the problem that each is; those of a module may
+    be one problem together.
     """
 
     tensors: list[tuple[Source, Match | None]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
+    bare: set[str] = field(default_factory=set)
+    unread: list[tuple[Source, Problem]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def is_foreign(name: str, spec: Spec, table: Table) -> bool:
-    """Whether a stored tensor that no rule knows can be nothing of this table's.
-
-    Codes and scales of a module whose weight the table knows are part of that weight, in some format.
-    """
-    is_part = spec.dtype.kind != "float" or spec.dtype.bits == 8 or name.endswith(SCALES)
-    return not is_part or table.lookup(f"{name.rpartition('.')[0]}.weight") is None
-
-
 def claim(
-    stored: Iterable[tuple[str, Spec]],
-    section: Mapping[str, object],
-    table: Table,
-    *,
-    partial: bool = False,
+    stored: Iterable[tuple[str, Spec]], section: Mapping[str, object], table: Table, *, zeros: bool = False
 ) -> Claimed:
     """Return the tensors that stored tensors are; `section` is what config.json says of them.
 
-    With `partial`, tensors that the table does not know are no problem.
+    `zeros`: biases that only some affine tensors lack are zeros, and no problem.
     """
     made = Claimed()
     # For each module its leaves and their specs in turn: lists, because there are hundreds of thousands.
@@ -72,13 +62,13 @@ def claim(
         if answer is None:
             leaves = dict(zip(held[::2], held[1::2], strict=True))
             answer = seen[look] = _answer(Module(leaves, width, section))
-        if answer.fault and partial and weight is None:
-            made.foreign += [prefix + leaf for leaf in held[::2]]
-            continue
         if answer.fault:
-            made.problems.append(
-                Problem(module, "its stored tensors do not fit together", found=answer.fault)
-            )
+            problem = Problem(module, "its stored tensors do not fit together", found=answer.fault)
+            if weight is None:
+                leaves = dict(zip(held[::2], held[1::2], strict=True))
+                made.unread += [(_plain(prefix + leaf, spec), problem) for leaf, spec in leaves.items()]
+            else:
+                made.problems.append(problem)
             continue
         for leaf, spec, reason in answer.unread:
             unread = table.lookup(prefix + leaf)
@@ -86,10 +76,11 @@ def claim(
                 # Whatever it is, it is left out.
                 made.tensors.append((_plain(prefix + leaf, spec), unread))
                 continue
-            if partial and unread is None and is_foreign(prefix + leaf, spec, table):
-                made.foreign.append(prefix + leaf)
-                continue
-            made.problems.append(Problem(prefix + leaf, "cannot be read", found=f"{spec}", cause=reason))
+            problem = Problem(prefix + leaf, "cannot be read", found=f"{spec}", cause=reason)
+            if unread is None:
+                made.unread.append((_plain(prefix + leaf, spec), problem))
+            else:
+                made.problems.append(problem)
         for leaf, spec, reason in answer.drops:
             made.drops.append(Drop(_plain(prefix + leaf, spec), reason))
         for leaf, spec, codec, parts in answer.claims:
@@ -97,7 +88,7 @@ def claim(
             match = weight if leaf == "weight" else table.lookup(name)
             made.tensors.append((new(Source, (name, spec, codec, parts)), match))
     codecs = {codec for answer in seen.values() for _, _, codec, _ in answer.claims}
-    made.problems += _lacking(codecs, made.tensors)
+    _add_lacking(codecs, made, zeros=zeros)
     return made
 
 
@@ -126,21 +117,23 @@ def _answer(module: Module) -> _Answer:
     )
 
 
-def _lacking(codecs: Collection[Codec], tensors: Sequence[tuple[Source, Match | None]]) -> list[Problem]:
-    """Return the problems of tensors that lack a part which others of their kind have."""
-    problems = []
+def _add_lacking(codecs: Collection[Codec], made: Claimed, *, zeros: bool) -> None:
+    """Add the problems of tensors that lack a part which others of their kind have."""
     for what, part, missing, others in lacking(codecs):
         held: dict[Codec, list[Source]] = defaultdict(list)
-        for source, _ in tensors:
+        for source, _ in made.tensors:
             held[source.codec].append(source)
+        if part == "biases" and zeros:
+            made.bare |= {source.name for codec in missing for source in held[codec]}
+            continue
         count = sum(len(held[codec]) for codec in others)
+        cause = "If zeros are meant: --missing-biases zero." if part == "biases" else ""
         for codec in missing:
             found = f"scales without it, and {count:,} other tensors have both ({codec.name})"
-            problems += [
-                Problem(source.label, f"its {what} missing", part_name(source.name, part), found)
+            made.problems += [
+                Problem(source.label, f"its {what} missing", part_name(source.name, part), found, cause)
                 for source in held[codec]
             ]
-    return problems
 
 
 def _plain(name: str, spec: Spec) -> Source:

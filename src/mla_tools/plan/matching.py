@@ -11,7 +11,8 @@ from mla_tools.architectures.geometry import label
 from mla_tools.codecs import SCALES
 from mla_tools.errors import Problem
 from mla_tools.names import short, template
-from mla_tools.plan.claiming import Claimed, is_foreign
+from mla_tools.plan.claiming import Claimed
+from mla_tools.rules import Drop as Rejected
 from mla_tools.steps import Drop, Source
 from mla_tools.table import Match, Table
 
@@ -62,8 +63,9 @@ def match(
     With `partial`, tensors that the table does not know, and MTP layers that are not proved to be some,
     are no problem.
     """
-    made = Matched(drops=list(claimed.drops), foreign=list(claimed.foreign))
+    made = Matched(drops=list(claimed.drops))
     dropped: list[tuple[Source, Match]] = []
+    unknown = list(claimed.unread)
     for source, named in claimed.tensors:
         found, spec = named, source.spec
         route = table.route(found) if found else None
@@ -72,10 +74,7 @@ def match(
             found = table.lookup(source.name, spec.shape)
             route = table.route(found) if found else None
         if found is None:
-            if partial and is_foreign(source.name, source.spec, table):
-                made.foreign += source.parts.values()
-            else:
-                made.problems.append(_unknown(source, family))
+            unknown.append((source, _unknown(source, family)))
         elif route is not None:
             key, slot = table.slot(found)
             made.inputs[found.claim, key][slot] = source
@@ -96,6 +95,7 @@ def match(
     for (claim, _), inputs in made.inputs.items():
         made.layouts[table.routes[claim].layouts] += len(inputs)
     _check_markers(dropped, table, made, lost, partial=partial)
+    _drop_layers(unknown, table, made, lost, partial=partial)
     return made
 
 
@@ -115,8 +115,7 @@ def _check_markers(
         if drop.marker is None:
             continue
         made.dropped_layers.add(found.values[0])
-        values = dict(zip(template(drop.source).indices, found.values, strict=True))
-        marker = template(drop.marker).format(values)
+        marker = _marker(drop, found)
         if marker in present or marker in lost:
             continue
         if partial:
@@ -134,6 +133,49 @@ def _check_markers(
             )
     if unproved:
         made.drops = [drop for drop in made.drops if drop.source.name not in unproved]
+
+
+def _drop_layers(
+    unknown: list[tuple[Source, Problem]],
+    table: Table,
+    made: Matched,
+    lost: Collection[str],
+    *,
+    partial: bool,
+) -> None:
+    """Drop the tensors that no rule knows where they lie in a layer that is dropped; the others are problems.
+
+    Only the marker of that very layer shows what it is, so that no layer of the model gets lost. With
+    `partial`, what can be nothing of this table's is no problem.
+    """
+    present = {drop.source.name for drop in made.drops} if unknown else set()
+    for source, problem in unknown:
+        found = table.layer(source.name)
+        marker = _marker(table.drop(found), found) if found else None
+        if found is not None and (marker in present or marker in lost):
+            made.drops.append(Drop(source, table.drop(found).reason))
+            made.dropped_layers.add(found.values[0])
+        elif partial and _is_foreign(source, table):
+            made.foreign += source.parts.values()
+        elif made.problems[-1:] != [problem]:
+            made.problems.append(problem)
+
+
+def _is_foreign(source: Source, table: Table) -> bool:
+    """Whether a tensor that no rule knows can be nothing of this table's.
+
+    Codes and scales of a module whose weight the table knows are part of that weight, in some format.
+    """
+    dtype = source.spec.dtype
+    is_part = dtype.kind != "float" or dtype.bits == 8 or source.name.endswith(SCALES)
+    return not is_part or table.lookup(f"{source.name.rpartition('.')[0]}.weight") is None
+
+
+def _marker(drop: Rejected, found: Match) -> str:
+    """Return the name of the tensor that shows what the layer of a dropped one is."""
+    assert drop.marker is not None
+    values = dict(zip(template(drop.source).indices, found.values, strict=True))
+    return template(drop.marker).format(values)
 
 
 def _unknown(source: Source, family: Family) -> Problem:

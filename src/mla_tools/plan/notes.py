@@ -49,12 +49,14 @@ def notes(
     config: Mapping[str, Any],
     options: Options,
     dropped: set[int],
+    bare: set[str],
     *,
     whole: bool,
 ) -> list[str]:
     """Return what is worth saying about a plan.
 
-    `dropped` are the layers that were dropped as MTP layers, and `whole` says that there are no problems.
+    `dropped` are the layers that were dropped as MTP layers, `bare` the tensors whose missing biases are
+    zeros, and `whole` says that there are no problems.
     """
     return [
         *family.remarked(config),
@@ -70,6 +72,7 @@ def notes(
         *_unannounced(encoded.steps, config),
         *(_cost_text(cost, options) for cost in embed_q_costs(encoded.steps)),
         *_idle_embed_q(encoded, options),
+        *_zero_biases(encoded.steps, options, bare),
         *_global_scales(encoded, options),
     ]
 
@@ -244,6 +247,19 @@ def _idle_embed_q(encoded: Encoded, options: Options) -> Iterator[str]:
     else:
         why = "no quantized kv_b_proj stays quantized"
     yield f"--embed-q has no effect: {why}"
+
+
+def _zero_biases(steps: Sequence[Step], options: Options, bare: set[str]) -> Iterator[str]:
+    """Note how many tensors get biases of zero, and which."""
+    if options.missing_biases is None:
+        return
+    names = [source.label for step in steps for source in step.sources if source.name in bare] if bare else []
+    if not names:
+        yield "--missing-biases has no effect: no tensor lacks biases while others have some"
+        return
+    count = f"{len(names):,} tensor{'s' if len(names) > 1 else ''}"
+    folded = ", ".join(fold_names(names))
+    yield f"{count} without biases, which are taken as zeros (--missing-biases): {folded}"
 
 
 def _cost_text(cost: EmbedQCost, options: Options) -> str:
