@@ -331,60 +331,67 @@ def plain_sinkhorn(matrices: mx.array, iterations: int, eps: float) -> mx.array:
     return matrices
 
 
-def sinkhorn_kernel() -> Callable[[mx.array, int, float], mx.array] | None:
-    """Return the function that normalizes in one kernel, one thread for each matrix; None without Metal.
+# One thread for each matrix. Compile-time constants are SIZE and ROUNDS.
+SINKHORN_SOURCE = """
+    const uint first = thread_position_in_grid.x * SIZE * SIZE;
+    float cell[SIZE][SIZE];
+    for (uint i = 0; i < SIZE; ++i) {
+        for (uint j = 0; j < SIZE; ++j) {
+            cell[i][j] = matrices[first + i * SIZE + j];
+        }
+    }
+    for (int round = 0; round < ROUNDS; ++round) {
+        // The first round has columns alone.
+        for (uint i = 0; round > 0 && i < SIZE; ++i) {
+            float total = 0;
+            for (uint j = 0; j < SIZE; ++j) {
+                total += cell[i][j];
+            }
+            for (uint j = 0; j < SIZE; ++j) {
+                cell[i][j] /= total + eps[0];
+            }
+        }
+        for (uint j = 0; j < SIZE; ++j) {
+            float total = 0;
+            for (uint i = 0; i < SIZE; ++i) {
+                total += cell[i][j];
+            }
+            for (uint i = 0; i < SIZE; ++i) {
+                cell[i][j] /= total + eps[0];
+            }
+        }
+    }
+    for (uint i = 0; i < SIZE; ++i) {
+        for (uint j = 0; j < SIZE; ++j) {
+            normalized[first + i * SIZE + j] = cell[i][j];
+        }
+    }
+"""
 
-    It is that of mlx-lm's deepseek_v41 (Copyright 2026 Apple Inc., MIT license).
-    """
+
+def sinkhorn_kernel() -> Callable[[mx.array, int, float], mx.array] | None:
+    """Return the function that normalizes matrices [..., M, M] in one kernel; None without Metal."""
     if not mx.metal.is_available():
         return None
     kernel: Any = mx.fast.metal_kernel(
-        name="deepseek_v4_sinkhorn",
-        input_names=["matrices", "eps"],
-        output_names=["out"],
-        source="""
-            uint n = thread_position_in_grid.x;
-            if (n >= matrices_shape[0]) {
-                return;
-            }
-            float m[SIZE * SIZE];
-            for (int k = 0; k < SIZE * SIZE; k++) {
-                m[k] = matrices[n * SIZE * SIZE + k];
-            }
-            float e = eps[0];
-            for (int t = 0; t < 2 * ITERATIONS - 1; t++) {
-                bool rows = t % 2 == 1;
-                for (int a = 0; a < SIZE; a++) {
-                    float sum = 0.0f;
-                    for (int b = 0; b < SIZE; b++) {
-                        sum += rows ? m[a * SIZE + b] : m[b * SIZE + a];
-                    }
-                    for (int b = 0; b < SIZE; b++) {
-                        int k = rows ? a * SIZE + b : b * SIZE + a;
-                        m[k] = m[k] / (sum + e);
-                    }
-                }
-            }
-            for (int k = 0; k < SIZE * SIZE; k++) {
-                out[n * SIZE * SIZE + k] = m[k];
-            }
-        """,
+        "deepseek_v4_sinkhorn", ["matrices", "eps"], ["normalized"], SINKHORN_SOURCE
     )
 
-    def normalized(matrices: mx.array, iterations: int, eps: float) -> mx.array:
+    def run(matrices: mx.array, iterations: int, eps: float) -> mx.array:
         size = matrices.shape[-1]
-        flat = matrices.reshape(-1, size, size)
-        (out,) = kernel(
-            inputs=[flat, mx.array([eps])],
-            template=[("SIZE", size), ("ITERATIONS", iterations)],
-            grid=(flat.shape[0], 1, 1),
-            threadgroup=(min(flat.shape[0], 256), 1, 1),
-            output_shapes=[flat.shape],
+        count = matrices.size // size**2
+        constants = [("SIZE", size), ("ROUNDS", iterations)]
+        (made,) = kernel(
+            inputs=[matrices, mx.array([eps])],
+            template=constants,
+            grid=(count, 1, 1),
+            threadgroup=(min(count, 64), 1, 1),
+            output_shapes=[matrices.shape],
             output_dtypes=[mx.float32],
         )
-        return out.reshape(matrices.shape)
+        return cast(mx.array, made)
 
-    return normalized
+    return run
 
 
 SINKHORN = sinkhorn_kernel()
