@@ -21,8 +21,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 ENCODINGS = {
@@ -33,6 +35,7 @@ ENCODINGS = {
 }
 COMMANDS = ("generate", "cache_prompt", "server", "lora", "fuse", "convert", "dwq")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "commands.md"
+WORDS = {(True, True): "both", (True, False): "ours", (False, True): "theirs", (False, False): "—"}
 TEXT = "The quick brown fox jumps over the lazy dog. "
 
 
@@ -41,17 +44,19 @@ def main() -> None:
     from mla_tools.architectures import MODEL_TYPES
 
     families = sys.argv[1:] or [name for name, family in MODEL_TYPES.items() if family.name == name]
+    cells = list(product(families, ENCODINGS))
     rows, failures = [], []
-    for family in families:
-        for encoding in ENCODINGS:
-            ours, theirs = (ask(family, encoding, who) for who in ("ours", "theirs"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        answers = pool.map(lambda one: ask(*one[0], one[1]), product(cells, ("ours", "theirs")))
+        for family, encoding in cells:
+            ours, theirs = next(answers), next(answers)
             marks = []
             for command in COMMANDS:
-                good, other = ours.get(command, ""), theirs.get(command, "")
-                marks.append("both" if good == other == "ok" else "ours" if good == "ok" else "—")
-                if good != "ok":
+                good, other = ours[command], theirs[command]
+                works = (good == "ok", other == "ok")
+                marks.append(WORDS[works])
+                if not works[0]:
                     failures.append(f"- `{family}` {encoding} `{command}`: ours: {good}; theirs: {other}")
-                    marks[-1] = "theirs" if other == "ok" else "—"
             rows.append(f"| {family} | {encoding} | {' | '.join(marks)} |")
             print(rows[-1], flush=True)
     text = "\n".join([HEAD, *rows, "", "What fails on our outputs:", "", *(failures or ["nothing."]), ""])
