@@ -27,6 +27,7 @@ from mla_tools.architectures import MODEL_TYPES, table_of
 from mla_tools.convert import inspect
 from mla_tools.errors import CheckpointError
 from mla_tools.files.checkpoint import open_checkpoint
+from mla_tools.models import deepseek_v4
 from mla_tools.options import Options
 from mla_tools.plan import Plan, make_plan
 from mla_tools.samples import sample_config
@@ -125,9 +126,7 @@ def plan_of(family: str, config: dict[str, Any] | None = None) -> Plan:
 def class_of(config: dict[str, Any]) -> Any:
     """The ModelArgs of a config."""
     if config["model_type"] == "deepseek_v4":
-        from mla_tools.models.deepseek_v4 import ModelArgs
-
-        return ModelArgs
+        return deepseek_v4.ModelArgs
     return _get_classes(config)[1]
 
 
@@ -157,8 +156,11 @@ HEADS = ("bailing_hybrid", "deepseek_v4")
 
 def model_of(family: str, config: dict[str, Any]) -> Any:
     """mlx-lm's model for a config, without weights."""
+    config = json.loads(json.dumps(MODEL_TYPES[family].rewritten(config)))
+    if family == "deepseek_v4":
+        return deepseek_v4.Model(deepseek_v4.ModelArgs.from_dict(config))
     model, args = _get_classes(config)
-    return model(args.from_dict(MODEL_TYPES[family].rewritten(config)))
+    return model(args.from_dict(config))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -328,6 +330,23 @@ def test_a_number_that_mlx_lm_asks_for_is_missing_while_planning(family: str, ke
         plan_of(family, config)
     (problem,) = caught.value.problems
     assert (problem.subject, problem.what, problem.found) == ("config.json", f"{key} is missing", found)
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_what_is_planned_the_class_can_be_made_of(family: str) -> None:
+    config, found = sample_config(family), MODEL_TYPES[family]
+    place = found.place(config)
+    numbers = config[place] if place else config
+    made = 0
+    for key in numbers.keys() - {"model_type", "architectures"}:
+        for less in ({k: v for k, v in numbers.items() if k != key}, {**numbers, key: None}):
+            given = {**config, place: less} if place else less
+            with suppress(CheckpointError):
+                table_of(given)
+                if not found.lacking(given) and not found.refusals(given):
+                    model_of(family, given)
+                    made += 1
+    assert made > 10
 
 
 ROPES = [

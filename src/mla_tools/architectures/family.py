@@ -33,9 +33,9 @@ class Family:
     `model_type` names mlx-lm's model class. `defaults` are keys that this class needs and that checkpoints
     leave out, with the value that the reference implementation uses then. `architectures` recognise a
     config without a model_type. `float32` are the endings of the tensors that the hub's checkpoints store
-    in F32. `required` are the keys without which mlx-lm's ModelArgs cannot be made, and
-    `rope` is the one of which it makes its rope, None where it has none of mlx-lm's. `spelling` says in the
-    hub's keys what a config of transformers 5 says in others; without it, mlp_layer_types alone.
+    in F32. `required` are the keys without which mlx-lm's ModelArgs cannot be made, those in `nullable` may
+    be null, and of `rope` it makes its rope; None where it has none of mlx-lm's. `spelling` says in the hub's
+    keys what a config of transformers 5 says in others; without it, mlp_layer_types alone.
 
     `section` is the key of config.json under which the language model's numbers stand in a multimodal
     config, and `inside` are the model_types that may stand there, none for any; with `flat` the numbers
@@ -56,6 +56,7 @@ class Family:
     architectures: tuple[str, ...] = ()
     float32: tuple[str, ...] = ("e_score_correction_bias", "inv_freq")
     required: tuple[str, ...] = ()
+    nullable: tuple[str, ...] = ()
     rope: str | None = "rope_scaling"
     spelling: Speller | None = None
     section: str | None = None
@@ -97,6 +98,7 @@ class Family:
         """Return the config that mlx-lm's class needs; neither the dtype nor the quantization is touched."""
         numbers = self.numbers(config)
         numbers |= (self.rewrite or flat_rope)(numbers)
+        numbers = {k: v for k, v in numbers.items() if v is not None or k not in _NOT_NULL}
         place = self.place(config)
         whole = {**config, place: numbers} if place else numbers
         own = {"model_file": self.model_file} if self.runtime else {}
@@ -124,10 +126,16 @@ class Family:
         rewritten = self.rewritten(config)
         place = self.place(config)
         numbers = rewritten[place] if place else rewritten
+        given = self.given(config)
         return [
-            Problem("config.json", f"{key} is missing", f"{key}, which mlx-lm's model class asks for", found)
+            Problem(
+                "config.json",
+                f"{key} is missing",
+                f"{key}, which mlx-lm's model class asks for",
+                "null" if key in given else "no such key",
+            )
             for key in self.required
-            if (found := _absent(numbers, key))
+            if numbers.get(key) is None and (key not in numbers or key not in self.nullable)
         ] + (lacking_in_rope(self.rope, numbers.get(self.rope)) if self.rope else [])
 
     def remarked(self, config: Config) -> list[str]:
@@ -135,14 +143,34 @@ class Family:
         return self.remarks(self.numbers(config)) if self.remarks else []
 
 
-# What may be null: a model without a rank of the queries, or without experts.
-_NULLABLE = ("q_lora_rank", "n_routed_experts", "n_shared_experts")
-
-
-def _absent(numbers: Config, key: str) -> str:
-    if key not in numbers:
-        return "no such key"
-    return "null" if numbers[key] is None and key not in _NULLABLE else ""
+# Keys of which a null is no value to mlx-lm's model classes: they compute with it. Without the key they
+# take a default, as the table does and as the class of transformers.
+_NOT_NULL = frozenset(
+    (
+        "compress_rope_theta",
+        "emb_neighbor_num",
+        "emb_split_num",
+        "first_k_dense_replace",
+        "hc_eps",
+        "hc_mult",
+        "hidden_act",
+        "index_source_layer_ids",
+        "kda_safe_gate",
+        "kv_source_layer_ids",
+        "mla_use_nope",
+        "moe_layer_freq",
+        "moe_router_activation_func",
+        "ngram_vocab_size_ratio",
+        "no_kda_lora",
+        "num_shared_experts",
+        "qk_rope_head_dim",
+        "rms_norm_eps",
+        "rope_interleave",
+        "rope_theta",
+        "short_conv_kernel_size",
+        "topk_method",
+    )
+)
 
 
 def refusal(what: str, *, needed: str = "", found: str = "", cause: str = "") -> Problem:

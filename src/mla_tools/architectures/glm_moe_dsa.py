@@ -109,6 +109,7 @@ FAMILY = Family(
         "rope_parameters",
         "attention_bias",
     ),
+    nullable=("n_routed_experts", "n_shared_experts"),
     rope="rope_parameters",
     rewrite=nested_rope,
     refuse=refuse,

@@ -83,6 +83,7 @@ FAMILY = Family(
         "qk_nope_head_dim",
         "v_head_dim",
     ),
+    nullable=("q_lora_rank", "n_routed_experts", "n_shared_experts"),
     rope="rope_parameters",
     rewrite=nested_rope,
 )
