@@ -78,6 +78,25 @@ def unsynced() -> Iterator[None]:
         yield
 
 
+class Opens:
+    """In the place of the child process that opens a tokenizer, for which it imports transformers."""
+
+    def __init__(self, config: Any, companions: Any, *, trusted: bool) -> None:
+        pass
+
+    def said(self) -> str:
+        return ""
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def unopened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open no tokenizer in a conversion of this process; test_verify_tokenizer.py puts the check back."""
+    monkeypatch.setattr("mla_tools.verify.TokenizerCheck", Opens)
+
+
 @pytest.fixture
 def agreeable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replace the child process that asks mlx-lm, and return what was called on it."""
@@ -96,16 +115,5 @@ def agreeable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def cancel(self) -> None:
             calls.append("cancel")
 
-    class Opens:
-        def __init__(self, config: Any, companions: Any, *, trusted: bool) -> None:
-            pass
-
-        def said(self) -> str:
-            return ""
-
-        def cancel(self) -> None:
-            pass
-
     monkeypatch.setattr("mla_tools.verify.ManifestCheck", Check)
-    monkeypatch.setattr("mla_tools.verify.TokenizerCheck", Opens)
     return calls

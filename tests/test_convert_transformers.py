@@ -369,6 +369,50 @@ def test_a_rope_that_mlx_lm_cannot_make_is_a_problem_while_planning(rope: dict[s
     model_of("glm4_moe_lite", {**config, "rope_scaling": {**YARN, "type": "yarn"}})
 
 
+# As transformers reads them: an attention factor of its own, mscale without the other, and no rounding.
+UNLIKE = [
+    pytest.param({"attention_factor": 1.7}, [], id="attention_factor"),
+    pytest.param({}, ["mscale"], id="mscale_all_dim alone"),
+    pytest.param({"truncate": False}, [], id="truncate"),
+]
+
+
+@pytest.mark.parametrize(("more", "less"), UNLIKE)
+def test_a_yarn_that_mlx_lm_computes_otherwise_is_refused(more: dict[str, Any], less: list[str]) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = {**sample_config("deepseek_v3"), "rope_scaling": yarn}
+    plan_of("deepseek_v3", config)
+    plan_of("deepseek_v3", {**config, "rope_scaling": {**yarn, "attention_factor": 1.0}})
+    rope = {key: value for key, value in {**yarn, **more}.items() if key not in less}
+    with pytest.raises(CheckpointError, match="another yarn than transformers"):
+        plan_of("deepseek_v3", {**config, "rope_scaling": rope})
+
+
+def test_what_a_rope_says_twice_is_what_transformers_reads() -> None:
+    config = {**sample_config("deepseek_v3"), "rope_theta": 1e4}
+    yarn = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    inner = plan_of("deepseek_v3", {**config, "rope_scaling": {**yarn, "rope_theta": 5e5}}).config
+    assert (inner["rope_theta"], inner["rope_scaling"]) == (5e5, yarn)
+    newer = plan_of("deepseek_v3", {**config, "rope_scaling": {**yarn, "rope_type": "default"}}).config
+    assert (newer["rope_theta"], newer["rope_scaling"]) == (1e4, None)
+
+
+RUN = [
+    ("deepseek_v3", {"rope_interleave": None}, "its rope turns pairs"),
+    ("mistral4", {"rope_parameters": {"rope_type": "default"}}, "llama_4_scaling_beta is missing"),
+    ("longcat_flash", {"mla_scale_q_lora": False}, "its latents are scaled"),
+    ("longcat_flash_ngram", {"mla_scale_kv_lora": False}, "its latents are scaled"),
+]
+
+
+@pytest.mark.parametrize(("family", "keys", "what"), RUN)
+def test_what_would_end_or_differ_only_when_it_runs_is_refused(
+    family: str, keys: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(CheckpointError, match=what):
+        plan_of(family, {**sample_config(family), **keys})
+
+
 # --- words that cannot be said -----------------------------------------------------------------------
 
 

@@ -258,11 +258,13 @@ def test_the_k_half_is_encoded_as_asked(mode: str, sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])
-def test_affine_weights_without_biases_get_zeros(family: str, sample: Sample) -> None:
+def test_affine_weights_without_biases_get_zeros_where_that_is_asked_for(family: str, sample: Sample) -> None:
     weights, config = sample(family)
     packed = quantized(weights, QuantSpec())
     symmetric = {name: array for name, array in packed.items() if not name.endswith(".biases")}
-    made = mla_tools.sanitize(symmetric, config)
+    with pytest.raises(CheckpointError, match="its biases are missing"):
+        mla_tools.sanitize(symmetric, config)
+    made = mla_tools.sanitize(symmetric, config, missing_biases="zero")
     biases = [name for name in made if name.endswith("unembed_out.biases")]
     assert biases
     assert not any(mx.any(made[name]).item() for name in biases)

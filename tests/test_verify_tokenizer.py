@@ -16,6 +16,7 @@ from mla_tools import cli
 from mla_tools.convert import convert, verify
 from mla_tools.files.checkpoint import open_checkpoint
 from mla_tools.files.hub import open_repository
+from mla_tools.samples import write_tokenizer
 from mla_tools.verify import TokenizerCheck, asking
 from mla_tools.verify.tokenizer import NO_TOKENIZER
 
@@ -83,6 +84,36 @@ def test_the_tokenizer_of_a_repository_is_read_from_there() -> None:
     with running(files) as hub:
         assert said(open_repository("org/name", endpoint=hub.url)).startswith(NEEDS_CODE)
         assert any("tiktoken.model" in asked.path for asked in hub.asked)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="macOS has no limit of memory")
+def test_a_tokenizer_that_wants_any_amount_of_memory_is_ended(tiktoken: Path) -> None:
+    for path in tiktoken.glob("t*"):
+        path.unlink()
+    write_tokenizer(tiktoken)
+    bomb = json.loads((tiktoken / "tokenizer.json").read_text())
+    each = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    bomb["normalizer"] = {"type": "Sequence", "normalizers": [each] * 9}
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    bomb["added_tokens"].append({"id": 257, "content": "a0", **added})
+    (tiktoken / "tokenizer.json").write_text(json.dumps(bomb))
+    assert said(tiktoken).startswith((UNASKED, "mlx_lm cannot open the tokenizer: "))
+
+
+def test_an_interrupted_check_leaves_a_complete_output(
+    agreeable: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Interrupted(TokenizerCheck):
+        def said(self) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mla_tools.verify.TokenizerCheck", Interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        convert(sample("kimi_linear"), tmp_path / "out")
+    assert caught.value.__notes__ == [
+        f"{tmp_path / 'out'} is complete; only the check of its tokenizer was interrupted"
+    ]
+    verify(tmp_path / "out")
 
 
 def test_verify_says_it_too(agreeable: list[str], tmp_path: Path) -> None:

@@ -233,7 +233,8 @@ def convert(
                         agrees=check.wait if check and each is plans.model else lambda: None,
                     )
                 written.append(Written(each, workload, path, anything))
-        tokenizer = opens.said() if opens else ""
+        with _complete(folder):
+            tokenizer = opens.said() if opens else ""
     model, *mtp = written
     return Converted(model, mtp[0] if mtp else None, group.rank, tokenizer)
 
@@ -340,6 +341,16 @@ def _mlx_as_it_was() -> Iterator[None]:
     finally:
         mx.set_default_device(device)
         mx.set_cache_limit(limit)
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    """Say in a note that an interruption ended nothing but the check of the tokenizer."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(f"{folder} is complete; only the check of its tokenizer was interrupted")
+        raise
 
 
 @contextmanager

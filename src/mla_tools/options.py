@@ -19,6 +19,7 @@ __all__ = [
     "DTYPES",
     "EMBED_Q",
     "EmbedQ",
+    "MissingBiases",
     "Options",
     "Override",
     "parse_embed_q",
@@ -29,6 +30,8 @@ __all__ = [
 
 # What config.json and --dtype call the float dtypes.
 DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32}
+
+MissingBiases = Literal["zero"]
 
 EmbedQ = Literal["auto", "source", "float"] | QuantSpec
 
@@ -62,7 +65,7 @@ class Options:
     embed_q: EmbedQ | None = None
     overrides: tuple[Override, ...] = ()
     keep_vision: bool = False
-    missing_biases: Literal["zero"] | None = None
+    missing_biases: MissingBiases | None = None
     layout: str = "mlx"
     format: TargetCodec | None = None
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from mla_tools.architectures import family_of
-from mla_tools.errors import CheckpointError, Problem
+from mla_tools.errors import CheckpointError, Problem, UsageError
 from mla_tools.files.checkpoint import no_collector
 from mla_tools.ops import Same
-from mla_tools.options import EmbedQ, Options
+from mla_tools.options import EmbedQ, MissingBiases, Options
 from mla_tools.plan import Step, Steps, make_steps
 from mla_tools.plan.config import quantization_keys
 from mla_tools.spec import Spec, spec_of
@@ -32,6 +32,7 @@ def sanitize(
     embed_q: EmbedQ | None = "source",
     packed: bool = True,
     strict: bool = False,
+    missing_biases: MissingBiases | None = None,
 ) -> dict[str, mx.array]:
     """Return the weights under the names and in the shapes of mlx-lm's class for this config.
 
@@ -49,11 +50,12 @@ def sanitize(
     unpacks these after `sanitize`. Float dtypes are kept; FP8 becomes bfloat16.
 
     Raises CheckpointError that lists every tensor that is a duplicate or of another shape, or lacks
-    scales, and every set that is there in part, such as 3 of 4 experts; with `strict` also every tensor
-    that is unknown or missing.
+    scales, or affine biases unless `missing_biases` is "zero", and every set that is there in part, such as
+    3 of 4 experts; with `strict` also every tensor that is unknown or missing.
     """
     keys = _keys(config)
-    result = as_converted(weights, keys, embed_q=embed_q, packed=packed, strict=strict)
+    options = Options(embed_q=embed_q, missing_biases=missing_biases)
+    result = as_converted(weights, keys, options, packed=packed, strict=strict)
     if _is_untied(keys):
         result = {name: array for name, array in result.items() if not name.startswith("lm_head.")}
     return result
@@ -63,8 +65,8 @@ def sanitize(
 def as_converted(
     weights: Mapping[str, mx.array],
     config: Mapping[str, Any],
+    options: Options = Options(),
     *,
-    embed_q: EmbedQ | None = None,
     packed: bool = True,
     strict: bool = False,
 ) -> dict[str, mx.array]:
@@ -72,7 +74,7 @@ def as_converted(
 
     The two differ where that class has an output head of its own, and the one of `config` is tied.
     """
-    made = _steps(weights, config, embed_q, packed=packed, strict=strict)
+    made = _steps(weights, config, options, packed=packed, strict=strict)
     result: dict[str, mx.array] = {}
     for step in made.steps:
         if packed or not _is_unpacked_later(step):
@@ -91,20 +93,26 @@ def quantization_of(weights: Mapping[str, mx.array], config: Any) -> dict[str, A
     Raises CheckpointError as `sanitize` does.
     """
     keys = _keys(config)
-    encoded = _steps(weights, keys, "source").encoded
+    encoded = _steps(weights, keys, Options(embed_q="source")).encoded
     found = quantization_keys(encoded, Options(), keys.get("quantization"))
     quantization: dict[str, Any] | None = found.get("quantization")
     return quantization
 
 
 def _keys(config: Any) -> dict[str, Any]:
-    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    if not isinstance(config, Mapping):
+        raise UsageError(
+            f"config: give config.json as a dict, or a model's ModelArgs, not {type(config).__name__}"
+        )
+    return dict(config)
 
 
 def _steps(
     weights: Mapping[str, mx.array],
     config: Mapping[str, Any],
-    embed_q: EmbedQ | None,
+    options: Options,
     *,
     packed: bool = True,
     strict: bool = False,
@@ -118,7 +126,7 @@ def _steps(
             problems.append(Problem(name, "no checkpoint holds this dtype", found=str(array.dtype)))
         else:
             specs[name] = spec
-    made = make_steps(specs, config, Options(embed_q=embed_q), partial=not strict, packed=packed)
+    made = make_steps(specs, config, options, partial=not strict, packed=packed)
     if problems or made.problems:
         raise CheckpointError([*problems, *made.problems])
     return made

@@ -305,6 +305,7 @@ SKIPPED = [
     pytest.param("hf_quant_config.json", "describes the quantization", id="quantization"),
     pytest.param("extra.safetensors", "weights that are not part of the model", id="other weights"),
     pytest.param("mla_tools.json", "describes another output of mla-sanitize", id="record"),
+    pytest.param("config.json.partial", "named as a file that is not complete", id="partial"),
     pytest.param("Config.json", "differs from config.json only in upper and lower case", id="case"),
     *(
         pytest.param(f"model.{ending}", "weights in another format", id=ending)

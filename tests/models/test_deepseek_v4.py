@@ -168,6 +168,26 @@ def test_a_batch_of_different_lengths_as_mlx_lm_generates_it(model: Model, sourc
         assert relative(fed(model, rest, [len(rest)], caches[uid]), expected[seen:]) < TOLERANCE
 
 
+def test_requests_that_join_while_others_are_read_in_pieces(model: Model, source: Torch) -> None:
+    # In one call, rows close groups of 128 at different tokens, in layers without an indexer too.
+    prompts = [tokens(length, seed=length) for length in (3, 200, 1, 50, 131, 129, 4, 16, 17)]
+    generator = BatchGenerator(model, completion_batch_size=4, prefill_batch_size=2, prefill_step_size=16)
+    uids = generator.insert(prompts[:3], [12] * 3)
+    written: dict[int, list[int]] = {uid: [] for uid in uids}
+    waiting, calls = prompts[3:], 0
+    while (responses := generator.next_generated()) or waiting:
+        for response in responses:
+            written[response.uid].append(response.token)
+        calls += 1
+        if waiting and calls % 4 == 0:
+            uids += generator.insert([waiting.pop(0)], [12])
+            written[uids[-1]] = []
+    generator.close()
+    for uid, prompt in zip(uids, prompts, strict=True):
+        logits = source.logits([*prompt, *written[uid]])
+        assert logits.argmax(-1)[-13:-1].tolist() == written[uid]
+
+
 # ---- files
 
 

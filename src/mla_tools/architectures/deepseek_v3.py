@@ -9,7 +9,7 @@ from typing import Any
 from mla_tools.architectures import blocks
 from mla_tools.architectures.family import Family, refusal
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.errors import Problem
+from mla_tools.errors import Problem, clipped
 from mla_tools.names import Domain
 from mla_tools.rules import Drop, Rule
 
@@ -18,9 +18,11 @@ __all__ = ["DEFAULTS", "FAMILY", "decoder", "refuse"]
 
 def refuse(config: Mapping[str, Any]) -> list[Problem]:
     """Refuse a rope that turns halves, as models trained with transformers may have: mlx-lm's turns pairs."""
-    if config.get("rope_interleave", True) is not False:
+    turns_pairs = config.get("rope_interleave", True)
+    if turns_pairs is True:
         return []
-    return [refusal("its rope turns pairs", needed="rope_interleave true", found="rope_interleave false")]
+    found = f"rope_interleave {clipped(turns_pairs)}"
+    return [refusal("its rope turns pairs", needed="rope_interleave true", found=found)]
 
 
 def decoder(

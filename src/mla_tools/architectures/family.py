@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.architectures.rope import Config, flat_rope, lacking_in_rope
+from mla_tools.architectures.rope import Config, flat_rope, lacking_in_rope, unlike_in_rope
 from mla_tools.architectures.spelling import Spelled, Speller, mlp_layers
 from mla_tools.errors import Problem
 from mla_tools.models.bundle import bundled
@@ -117,7 +117,9 @@ class Family:
 
     def refusals(self, config: Config) -> list[Problem]:
         """Return what no conversion can correct in mlx-lm's model class."""
-        return self.refuse(self.numbers(config)) if self.refuse else []
+        numbers = self.numbers(config)
+        found = self.refuse(numbers) if self.refuse else []
+        return [*found, *(unlike_in_rope(numbers) if self.rope else [])]
 
     def lacking(self, config: Config) -> list[Problem]:
         """Return a problem for each key without which mlx-lm's model class cannot be made."""

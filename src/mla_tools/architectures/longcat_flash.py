@@ -5,11 +5,14 @@ The ngram variant (LongCat-Flash-Lite) adds embeddings of token n-grams.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from mla_tools.architectures import blocks
-from mla_tools.architectures.family import Family
+from mla_tools.architectures.family import Family, refusal
 from mla_tools.architectures.geometry import OPEN, Geometry
+from mla_tools.errors import Problem, clipped
 from mla_tools.rules import Drop, Param, Rule
 
 __all__ = ["FAMILY", "NGRAM"]
@@ -134,6 +137,17 @@ _REQUIRED = (
     "mla_scale_kv_lora",
 )
 
+
+def refuse(config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse latents that are not scaled: transformers scales them, and mlx-lm's class ends with an error."""
+    keys = ("mla_scale_q_lora", "mla_scale_kv_lora")
+    return [
+        refusal("its latents are scaled", needed=f"{key} true", found=f"{key} {clipped(config.get(key))}")
+        for key in keys
+        if config.get(key) is not True
+    ]
+
+
 _FLOAT32 = ("classifier.weight", "e_score_correction_bias")
 
 FAMILY = Family(
@@ -144,6 +158,7 @@ FAMILY = Family(
     architectures=("LongcatFlashForCausalLM",),
     float32=_FLOAT32,
     required=(*_REQUIRED, "attention_method", "zero_expert_type", "attention_bias"),
+    refuse=refuse,
 )
 NGRAM = Family(
     "longcat_flash_ngram",
@@ -153,4 +168,5 @@ NGRAM = Family(
     architectures=("LongcatFlashNgramForCausalLM",),
     float32=_FLOAT32,
     required=_REQUIRED,
+    refuse=refuse,
 )

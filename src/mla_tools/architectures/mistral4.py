@@ -5,10 +5,14 @@ On the hub it is the language model of a mistral3 config, beside a vision tower.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mla_tools.architectures import blocks
 from mla_tools.architectures.family import NOT_FOR_MLX_VLM, Family, wrapped
 from mla_tools.architectures.geometry import Geometry
-from mla_tools.architectures.rope import nested_rope
+from mla_tools.architectures.rope import nested_rope, rope_parameters
+from mla_tools.errors import Problem
 from mla_tools.rules import Drop, Rule
 
 __all__ = ["FAMILY", "MULTIMODAL"]
@@ -29,6 +33,14 @@ def build(g: Geometry) -> tuple[list[Rule], list[Drop]]:
         if shared:
             rules += blocks.mlp(f"{mlp}.shared_experts", hidden, inner * shared, moe)
     return rules, tied + blocks.rotary_buffers(g, usual=False)
+
+
+def refuse(config: Mapping[str, Any]) -> list[Problem]:
+    """Refuse a rope without the scale of queries by position, which mlx-lm's class asks for when it runs."""
+    key, rope = "llama_4_scaling_beta", rope_parameters(config)
+    if rope.get(key) is not None:
+        return []
+    return [Problem("config.json", f"{key} is missing in rope_parameters", key, "no such key")]
 
 
 _ROPE = {
@@ -83,6 +95,7 @@ FAMILY = Family(
         "qk_nope_head_dim",
         "v_head_dim",
     ),
+    refuse=refuse,
     nullable=("q_lora_rank", "n_routed_experts", "n_shared_experts"),
     rope="rope_parameters",
     rewrite=nested_rope,

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from mla_tools.errors import Problem, clipped
 
-__all__ = ["Config", "flat_rope", "lacking_in_rope", "nested_rope", "rope_parameters", "rope_type"]
+__all__ = [
+    "Config",
+    "flat_rope",
+    "lacking_in_rope",
+    "nested_rope",
+    "rope_parameters",
+    "rope_type",
+    "unlike_in_rope",
+]
 
 Config = Mapping[str, Any]
 
@@ -62,6 +71,43 @@ def lacking_in_rope(key: str, rope: object) -> list[Problem]:
     ]
 
 
+def unlike_in_rope(config: Config) -> list[Problem]:
+    """Return the problems of a yarn that mlx-lm computes otherwise than the reference implementation.
+
+    Source: _compute_yarn_parameters of transformers 5.23, and YarnRoPE of mlx-lm 0.32.2.
+    """
+    rope = rope_parameters(config)
+    if rope_type(rope) not in ("yarn", "deepseek_yarn"):
+        return []
+    problems = []
+
+    def problem(needed: str, found: str) -> None:
+        what = "mlx-lm's model class computes another yarn than transformers"
+        problems.append(Problem("config.json", what, needed, found))
+
+    if rope.get("truncate", True) is not True:
+        problem("truncate true", f"truncate {clipped(rope['truncate'])}")
+    keys = ("factor", "mscale", "mscale_all_dim", "attention_factor")
+    given = {key: rope[key] for key in keys if rope.get(key) is not None}
+    if not all(isinstance(value, (int, float)) for value in given.values()) or "factor" not in given:
+        return problems  # `lacking_in_rope` says so, or a number is none
+    factor, mscale, all_dim = given["factor"], given.get("mscale"), given.get("mscale_all_dim")
+    theirs = _mscale(factor, 1 if mscale is None else mscale) / _mscale(factor, all_dim or 0)
+    if mscale and all_dim:
+        reference = _mscale(factor, mscale) / _mscale(factor, all_dim)
+    else:
+        reference = _mscale(factor, 1)
+    reference = given.get("attention_factor", reference)
+    if not math.isclose(theirs, reference, rel_tol=1e-6):
+        said = ", ".join(f"{key} {clipped(value)}" for key, value in given.items())
+        problem(f"an attention factor of {theirs:.6g}, which mlx-lm takes", f"{reference:.6g} ({said})")
+    return problems
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
 def nested_rope(config: Config) -> dict[str, Any]:
     """Return the rewritten keys for a class of mlx-lm that reads rope_parameters alone."""
     return {"rope_parameters": rope_parameters(config)}
@@ -69,8 +115,14 @@ def nested_rope(config: Config) -> dict[str, Any]:
 
 def flat_rope(config: Config) -> dict[str, Any]:
     """Return the rewritten keys for a class of mlx-lm that reads rope_theta and rope_scaling alone."""
-    if config.get("rope_parameters") is None:
+    given = config.get("rope_scaling")
+    usual = not isinstance(given, Mapping) or not (
+        "rope_theta" in given or {"type", "rope_type"} <= given.keys()
+    )
+    if config.get("rope_parameters") is None and usual:
         return {}
     found = rope_parameters(config)
     theta = found.pop("rope_theta")
+    if "rope_type" in found:
+        found.pop("type", None)  # mlx-lm would look at that first
     return {"rope_theta": theta, "rope_scaling": None if rope_type(found) == "default" else found}

@@ -170,9 +170,9 @@ def repacking(source: Codec, target: TargetCodec) -> Repack | None:
 
 
 def lacking(codecs: Collection[Codec]) -> Iterator[tuple[str, str, list[Codec], list[Codec]]]:
-    """Yield what some tensors of a checkpoint lack and others have: what, its part, those codecs, the others.
+    """Yield what tensors of a checkpoint lack: what, its part, their codecs, and those that have it.
 
-    A part that no tensor has is not missing: affine biases are zero then.
+    MLX's affine mode always has biases; a global scale is missing only where other tensors have one.
     """
     missing, others = mlx_quantized.bare(codecs)
     if missing:

@@ -274,13 +274,9 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
 
 
 def bare(codecs: Iterable[Codec]) -> tuple[list[Codec], list[Codec]]:
-    """Return which affine codecs of a checkpoint lack biases although others have them, and those others.
-
-    Where no affine tensor has any, all biases are zero, and none is missing.
-    """
+    """Return which affine codecs of a checkpoint lack the biases that MLX has, and the others."""
     affine = [codec for codec in codecs if isinstance(codec, MlxQuantized) and codec.spec.has_biases]
-    others: list[Codec] = [codec for codec in affine if codec.biases]
-    return [codec for codec in affine if others and not codec.biases], others
+    return [codec for codec in affine if not codec.biases], [codec for codec in affine if codec.biases]
 
 
 def claim(module: Module) -> list[Claim]:

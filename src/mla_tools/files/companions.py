@@ -131,6 +131,8 @@ def _why_not_wanted(name: str) -> str:
     for pattern, reason in _NOT_COPIED:
         if fnmatchcase(name, pattern):
             return reason
+    if name.endswith(partial_name("")):
+        return "named as a file that is not complete"
     return "hidden" if leaf_of(name).startswith(".") else ""
 
 

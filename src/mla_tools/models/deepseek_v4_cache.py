@@ -338,6 +338,8 @@ class BatchEntries(BatchKVCache):
             self.keys, self.values = grown(self.keys, keys), grown(self.values, values)
         for held, new in ((self.keys, keys), (self.values, values)):
             assert held is not None
+            if not new.size:
+                continue  # without an indexer there are no keys for one, and MLX ends at a scatter of nothing
             if len(set(places)) == 1:
                 held[:, :, places[0] : need] = new
             else:

@@ -37,7 +37,7 @@ def claim(
 ) -> Claimed:
     """Return the tensors that stored tensors are; `section` is what config.json says of them.
 
-    `zeros`: biases that only some affine tensors lack are zeros, and no problem.
+    `zeros`: biases that affine tensors lack are zeros, and no problem.
     """
     made = Claimed()
     # For each module its leaves and their specs in turn: lists, because there are hundreds of thousands.
@@ -118,7 +118,7 @@ def _answer(module: Module) -> _Answer:
 
 
 def _add_lacking(codecs: Collection[Codec], made: Claimed, *, zeros: bool) -> None:
-    """Add the problems of tensors that lack a part which others of their kind have."""
+    """Add the problems of tensors that lack a part of their format."""
     for what, part, missing, others in lacking(codecs):
         held: dict[Codec, list[Source]] = defaultdict(list)
         for source, _ in made.tensors:
@@ -129,7 +129,8 @@ def _add_lacking(codecs: Collection[Codec], made: Claimed, *, zeros: bool) -> No
         count = sum(len(held[codec]) for codec in others)
         cause = "If zeros are meant: --missing-biases zero." if part == "biases" else ""
         for codec in missing:
-            found = f"scales without it, and {count:,} other tensors have both ({codec.name})"
+            others_have = f", and {count:,} other tensors have both" if count else ""
+            found = f"scales without it{others_have} ({codec.name})"
             made.problems += [
                 Problem(source.label, f"its {what} missing", part_name(source.name, part), found, cause)
                 for source in held[codec]

@@ -60,6 +60,7 @@ def notes(
     """
     return [
         *family.remarked(config),
+        *_own_class(family),
         *_mtp_layers(family, config, dropped),
         *(_nothing_renamed(encoded.steps) if whole else ()),
         *_unquantized(encoded, options),
@@ -75,6 +76,14 @@ def notes(
         *_zero_biases(encoded.steps, options, bare),
         *_global_scales(encoded, options),
     ]
+
+
+def _own_class(family: Family) -> Iterator[str]:
+    if family.runtime:
+        yield (
+            f"the output brings its model class in {family.model_file}, and mlx-lm runs that only with"
+            " --trust-remote-code (trust_remote_code=True in Python)"
+        )
 
 
 def _mtp_layers(family: Family, config: Mapping[str, Any], layers: set[int]) -> Iterator[str]:
@@ -255,7 +264,7 @@ def _zero_biases(steps: Sequence[Step], options: Options, bare: set[str]) -> Ite
         return
     names = [source.label for step in steps for source in step.sources if source.name in bare] if bare else []
     if not names:
-        yield "--missing-biases has no effect: no tensor lacks biases while others have some"
+        yield "--missing-biases has no effect: no affine tensor lacks biases"
         return
     count = f"{len(names):,} tensor{'s' if len(names) > 1 else ''}"
     folded = ", ".join(fold_names(names))
