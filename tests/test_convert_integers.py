@@ -31,7 +31,7 @@ FORMATS = {
     "awq": (mx.float16, False),
     "gptq": (mx.float16, True),
 }
-FLAGS = {"default": [], "float32": ["--dtype", "float32"], "dequantize": ["-d"]}
+FLAGS = {"default": [], "float32": ["--dtype", "float32", "--embed-q", "8,32"], "dequantize": ["-d"]}
 
 each_format = pytest.mark.parametrize("fmt", FORMATS)
 each_family = pytest.mark.parametrize("family", FAMILIES)

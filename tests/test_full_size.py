@@ -49,7 +49,7 @@ GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True
 FORMATS: dict[str, tuple[Callable[[int, int], Parts], Callable[[str], bool], dict[str, Any], str]] = {
     "gptq": (gptq, lambda name: True, GPTQ_CONFIG, "affine 8-bit g32"),
     "quark-mxfp4": (quark, moe_alone, {"quant_method": "quark"}, "bf16"),
-    "quark-mxfp4-v2": (quark, lambda name: True, {"quant_method": "quark"}, "affine 8-bit g32"),
+    "quark-mxfp4-v2": (quark, lambda name: True, {"quant_method": "quark"}, "mxfp8"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mla_tools.isolation import trusted_path
 from mla_tools.samples import write_sample
-from mla_tools.verify.manifest import child_path
+from mla_tools.verify.asking import child_path
 
 SCRIPTS = Path(sys.executable).parent
 

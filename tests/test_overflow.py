@@ -176,7 +176,8 @@ def test_of_codes_that_are_moved_no_number_is_made(fmt: str, planted: Planted) -
 
 @pytest.mark.parametrize("fmt", ["fp8-ue8m0", "quark-mxfp4"])
 def test_the_half_of_kv_b_proj_that_is_not_moved_is_looked_at(fmt: str, planted: Planted) -> None:
-    sentence = refused(planted(fmt, {K: 1e5, V: 3e5}), F16)
+    affine = Options(dtype=DType.F16, embed_q=QuantSpec("affine", 8, 32))
+    sentence = refused(planted(fmt, {K: 1e5, V: 3e5}), affine)
     assert sentence.startswith(f"{short(KV_B)}: numbers as large as ")
     assert 9e4 < float(sentence.split()[5]) < 1.15e5
 

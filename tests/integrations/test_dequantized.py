@@ -71,7 +71,7 @@ def assert_mended(broken: Path, wanted: Any, folder: Path) -> None:
 
 
 def test_what_convert_decodes_is_mended(four_bits: Path, tmp_path: Path) -> None:
-    mlx_lm.convert(str(four_bits), str(tmp_path / "decoded"), dequantize=True)
+    mlx_lm.convert(str(four_bits), str(tmp_path / "decoded"), dequantize=True, trust_remote_code=True)
     wanted = utils.dequantize_model(utils.load_model(four_bits)[0])
     assert_mended(tmp_path / "decoded", wanted, tmp_path)
 
@@ -95,6 +95,7 @@ def test_what_fuse_decodes_is_mended(
 
     fused = tmp_path / "fused"
     argv = ["fuse", "--model", four_bits, "--adapter-path", adapters, "--save-path", fused, "--dequantize"]
+    argv += ["--trust-remote-code"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
     fuse.main()
 
