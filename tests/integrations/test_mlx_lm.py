@@ -45,10 +45,10 @@ BOMB = "raise SystemExit('the code of the checkpoint was run')\n"
 
 @pytest.fixture(autouse=True)
 def _is_undone() -> Iterator[None]:
-    before = utils.load_model, utils._get_classes
+    before = utils.load_model, utils._get_classes, utils.create_model_card
     yield
     disable()
-    assert (utils.load_model, utils._get_classes) == before
+    assert (utils.load_model, utils._get_classes, utils.create_model_card) == before
 
 
 def parameters(model: Any) -> dict[str, mx.array]:
@@ -190,6 +190,43 @@ def test_enabling_twice_is_enabling_once() -> None:
     assert (utils.load_model, utils._get_classes) == before
 
 
+def test_the_end_of_an_inner_block_leaves_the_outer_one_enabled() -> None:
+    before = utils.load_model
+    enable()
+    ours = utils.load_model
+    with enable():
+        pass
+    assert utils.load_model is ours
+    with enable():
+        disable()
+        assert utils.load_model is before
+    with enable():
+        ours = utils.load_model
+        with enable():
+            pass
+        assert utils.load_model is ours is not before
+    assert utils.load_model is before
+
+
+def test_what_somebody_else_replaced_since_stays() -> None:
+    before, classes = utils.load_model, utils._get_classes
+
+    def other(*arguments: Any, **named: Any) -> Any:
+        return before(*arguments, **named)
+
+    enable()
+    utils.load_model = other
+    try:
+        disable()
+        assert utils.load_model is other
+        assert utils._get_classes is classes
+        with enable():
+            assert utils.load_model is not other
+        assert utils.load_model is other
+    finally:
+        utils.load_model = before
+
+
 def test_an_error_within_leaves_mlx_lm_as_it_was() -> None:
     before = utils.load_model
     with pytest.raises(ZeroDivisionError), enable():
@@ -228,6 +265,73 @@ def test_the_code_of_a_checkpoint_is_not_run(family: str, fmt: str, loads: bool,
                 utils.load_model(folder, lazy=True)
         with pytest.raises(SystemExit, match="was run"):
             utils.load_model(folder, lazy=True, trust_remote_code=True)
+
+
+# --- what mlx-lm saves -------------------------------------------------------------------------------
+
+FILE = MODEL_TYPES["deepseek_v4"].model_file
+TEXT = MODEL_TYPES["deepseek_v4"].added()[FILE]
+
+
+def fused(source: Path, out: Path, *options: str) -> Path:
+    """Return the folder that mlx_lm.fuse writes of a model with an adapter that changes nothing."""
+    adapter = out.parent / f"adapter of {out.name}"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), {})
+    arguments = ["fuse", "--model", source, "--adapter-path", adapter, "--save-path", out, *options]
+    with pytest.MonkeyPatch.context() as patch, enable():
+        patch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        import_module("mlx_lm.fuse").main()
+    return out
+
+
+def assert_mlx_lm_alone_loads(out: Path, source: Path) -> None:
+    with enable():
+        wanted = parameters(utils.load_model(source, lazy=True)[0])
+    with pytest.raises(ValueError, match="trust"):
+        utils.load_model(out, lazy=True)
+    assert_same(parameters(utils.load_model(out, lazy=True, trust_remote_code=True)[0]), wanted)
+
+
+@pytest.mark.parametrize("how", ["convert", "fuse"])
+def test_what_is_saved_of_the_hubs_deepseek_v4_has_its_class(how: str, tmp_path: Path) -> None:
+    # A file of this name that the hub has was not run, and is not what is named.
+    source = copied(support.sample("deepseek_v4", "deepseek-v4"), tmp_path / "it")
+    (source / FILE).write_text(BOMB)
+    out = tmp_path / "out"
+    if how == "convert":
+        with enable():
+            mlx_lm.convert(str(source), str(out))
+    else:
+        fused(source, out)
+    assert json.loads((out / "config.json").read_text())["model_file"] == FILE
+    assert (out / FILE).read_text() == TEXT
+    assert_mlx_lm_alone_loads(out, source)
+
+
+@pytest.mark.parametrize("options", [(), ("--trust-remote-code",)])
+def test_what_is_fused_with_an_output_of_ours_names_its_class(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    source = support.sample("deepseek_v4", "deepseek-v4")
+    with enable():
+        mlx_lm.convert(str(source), str(tmp_path / "made"))
+    made = copied(tmp_path / "made", tmp_path / "it", model_file="own.py")
+    (made / "own.py").write_text(TEXT)
+    out = fused(made, tmp_path / "out", *options)
+    # The file that was run, or ours.
+    named = "own.py" if options else FILE
+    assert json.loads((out / "config.json").read_text())["model_file"] == named
+    assert (out / named).read_text() == TEXT
+    assert_mlx_lm_alone_loads(out, source)
+
+
+def test_what_is_saved_of_a_class_of_mlx_lm_names_no_file(tmp_path: Path) -> None:
+    with enable():
+        mlx_lm.convert(str(support.sample("deepseek_v3", "fp8")), str(tmp_path / "out"))
+    assert "model_file" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not list((tmp_path / "out").glob("*.py"))
 
 
 # --- commands ----------------------------------------------------------------------------------------

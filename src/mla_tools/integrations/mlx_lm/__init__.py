@@ -5,13 +5,14 @@
     with enable():
         model, tokenizer = mlx_lm.load("DeepSeek-V3")  # as the hub has it, in any format that is read
 
-No file of mlx-lm is touched. Two names of `mlx_lm.utils` are replaced: `load_model`, by which each of its
-commands loads a model, and `_get_classes`. `python -m mla_tools.integrations.mlx_lm generate ...` runs a
-command of mlx-lm so.
+No file of mlx-lm is touched. Three names of `mlx_lm.utils` are replaced: `load_model`, by which each of its
+commands loads a model, `_get_classes`, and `create_model_card`, the last thing that `save` calls.
+`python -m mla_tools.integrations.mlx_lm generate ...` runs a command of mlx-lm so.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
@@ -25,12 +26,15 @@ from mla_tools.integrations.mlx_lm.sharding import shard, shard_layer
 
 __all__ = ["disable", "enable", "shard", "shard_layer"]
 
-# What was replaced in mlx_lm.utils, by name.
-_replaced: dict[str, Any] = {}
+# What was replaced in mlx_lm.utils, by name: what it was, and what we put there.
+_replaced: dict[str, tuple[Any, Any]] = {}
 
 
 class _Enabled:
-    """What `enable` returns: the end of a with statement undoes it."""
+    """What `enable` returns: the end of a with statement undoes what this call changed."""
+
+    def __init__(self, *, changed: bool) -> None:
+        self._changed = changed
 
     def __enter__(self) -> _Enabled:
         return self
@@ -38,7 +42,8 @@ class _Enabled:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        disable()
+        if self._changed:
+            disable()
 
 
 def enable() -> _Enabled:
@@ -48,25 +53,40 @@ def enable() -> _Enabled:
     lora, fuse and the quantizers. The tensors become those of `mla-sanitize convert` with its defaults, but
     keep their float dtypes, and the config that mlx-lm goes on with says how they are quantized. A class
     without a `shard` gets one, and DeepSeek V4 our class. A checkpoint's model file is run if the caller
-    says trust_remote_code, and never otherwise. Other models load as before.
+    says trust_remote_code, and never otherwise. Other models load as before. A folder that mlx-lm's `save`
+    writes (convert, fuse, the quantizers) of a model of our class has the model file of `mla-sanitize
+    convert`, and its config.json names it.
 
-    The result is a context manager; `disable()` undoes it, too. A second call changes nothing. Code that
-    has imported `load_model` from `mlx_lm.utils` by name keeps the one that it has.
+    The result is a context manager: its end undoes this call, and nothing if this call found it enabled.
+    `disable()` undoes it always. A second call changes nothing. Code that has imported `load_model` from
+    `mlx_lm.utils` by name keeps the one that it has.
     """
-    utils = import_module("mlx_lm.utils")
-    if not _replaced:
-        _replaced.update({name: getattr(utils, name) for name in ("load_model", "_get_classes")})
-        own = _own_classes(_replaced["_get_classes"])
-        utils._get_classes = own  # type: ignore[attr-defined]
-        utils.load_model = _own_load_model(_replaced["load_model"], own, utils)  # type: ignore[attr-defined]
-    return _Enabled()
+    utils: Any = import_module("mlx_lm.utils")
+    if _replaced:
+        return _Enabled(changed=False)
+    classes = _own_classes(utils._get_classes)
+    own = {
+        "_get_classes": classes,
+        "load_model": _own_load_model(utils.load_model, utils._get_classes, classes, utils),
+        "create_model_card": _own_create_model_card(utils.create_model_card),
+    }
+    _replaced.update({name: (getattr(utils, name), function) for name, function in own.items()})
+    for name, function in own.items():
+        setattr(utils, name, function)
+    return _Enabled(changed=True)
 
 
 def disable() -> None:
-    """Make mlx-lm what it was before `enable`; models that are loaded stay as they are."""
+    """Make mlx-lm what it was before `enable`; models that are loaded stay as they are.
+
+    A name of `mlx_lm.utils` that somebody else has replaced since then is left as it is. If that calls the
+    function of ours that it found, it goes on to do so.
+    """
     utils = import_module("mlx_lm.utils")
     while _replaced:
-        setattr(utils, *_replaced.popitem())
+        name, (before, own) = _replaced.popitem()
+        if getattr(utils, name) is own:
+            setattr(utils, name, before)
 
 
 def _own_classes(theirs: Callable[[dict[str, Any]], Classes]) -> Callable[[dict[str, Any]], Classes]:
@@ -78,7 +98,10 @@ def _own_classes(theirs: Callable[[dict[str, Any]], Classes]) -> Callable[[dict[
 
 
 def _own_load_model(
-    theirs: Callable[..., Any], classes: Callable[[dict[str, Any]], Classes], utils: Any
+    theirs: Callable[..., Any],
+    their_classes: Callable[[dict[str, Any]], Classes],
+    classes: Callable[[dict[str, Any]], Classes],
+    utils: Any,
 ) -> Callable[..., Any]:
     @wraps(theirs)
     def load_model(
@@ -90,7 +113,7 @@ def _own_load_model(
         trust_remote_code: bool = False,
     ) -> Any:
         given = dict(model_config or {})
-        if get_model_classes is _replaced.get("_get_classes"):
+        if get_model_classes is their_classes:
             get_model_classes = classes
         if get_model_classes is classes and not trust_remote_code:
             config = {**utils.load_config(model_path), **given}
@@ -101,3 +124,31 @@ def _own_load_model(
         return theirs(model_path, lazy, strict, given, get_model_classes, trust_remote_code)
 
     return load_model
+
+
+def _own_create_model_card(theirs: Callable[..., None]) -> Callable[..., None]:
+    @wraps(theirs)
+    def create_model_card(path: str | Path, *arguments: Any, **named: Any) -> None:
+        _add_model_file(Path(path))
+        theirs(path, *arguments, **named)
+
+    return create_model_card
+
+
+def _add_model_file(folder: Path) -> None:
+    """Give a folder that mlx-lm has saved the file with our class, if its model is of that class.
+
+    A config that names a model file is that of a model whose own file was run, so both are left as they are.
+    Any other file of the same name has come from the source, and was not run.
+    """
+    place = folder / "config.json"
+    if not place.is_file():
+        return
+    config = json.loads(place.read_text())
+    family = MODEL_TYPES.get(str(config.get("model_type")))
+    if family is None or not family.runtime or config.get("model_file") is not None:
+        return
+    for name, text in family.added().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    # As mlx-lm writes it.
+    place.write_text(json.dumps(dict(sorted({**config, "model_file": family.model_file}.items())), indent=4))
