@@ -49,6 +49,13 @@ def _samples() -> Path:
     return folder
 
 
+def without_tokenizer(folder: Path) -> Path:
+    """Return a folder, without its tokenizer: a command then starts no process that opens it."""
+    for path in folder.glob("*token*"):
+        path.unlink()
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the bytes of each file in a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import without_tokenizer
 
 from mla_tools import convert
 from mla_tools.cli import main
@@ -28,7 +29,7 @@ Capture = pytest.CaptureFixture[str]
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("samples") / "deepseek_v3"
     write_sample("deepseek_v3", folder)
-    return folder
+    return without_tokenizer(folder)
 
 
 def run(

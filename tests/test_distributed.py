@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ports import free_ports
-from support import contents
+from support import contents, without_tokenizer
 
 from mla_tools.distributed import Alone, launched, shares
 from mla_tools.samples import write_sample
@@ -41,7 +41,7 @@ sys.exit(main(sys.argv[1:]))
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared") / "source"
     write_sample("deepseek_v3", folder)
-    return folder
+    return without_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import without_tokenizer
 
 from mla_tools.errors import MlaToolsError
 from mla_tools.files.checkpoint import open_checkpoint
@@ -54,6 +55,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {fmt: folder / fmt for fmt, _, _ in CASES}
     for fmt, path in made.items():
         write_sample("deepseek_v3", path, fmt, changes=SIZES)
+        without_tokenizer(path)
     return made
 
 

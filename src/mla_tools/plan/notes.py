@@ -218,8 +218,8 @@ def _unannounced(steps: Sequence[Step], config: Mapping[str, Any]) -> Iterator[s
     yield (
         f"config.json names no quantization, but these tensors have one"
         f" ({', '.join(sorted(codec.name for codec in codecs))}), so that mlx_lm.load cannot load them:"
-        f" {', '.join(fold_names(names))}. mlx_lm.convert -d and mlx_lm.fuse --dequantize leave embed_q and"
-        f" unembed_out so. mla-sanitize convert writes a folder that loads, with -d one in floats"
+        f" {', '.join(fold_names(names))}. mlx_lm.convert -d and mlx_lm.fuse --dequantize leave embed_q,"
+        f" unembed_out and wo_a so. mla-sanitize convert writes a folder that loads, with -d one in floats"
     )
 
 
