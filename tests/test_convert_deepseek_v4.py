@@ -363,7 +363,8 @@ def test_a_file_of_the_checkpoint_is_replaced_and_never_run(sources: Sources, tm
 def test_a_plan_says_where_config_and_tensors_disagree(sources: Sources) -> None:
     source, _ = sources("official", "plain")
     notes = planned(source, compress_ratios=[0, 0, 4, 128, 4, 128, 0, 0, 0]).notes
-    ratios, narrowed = notes
+    ratios, own, narrowed = notes
+    assert "deepseek_v4.py, and mlx-lm runs that only with --trust-remote-code" in own
     assert ratios.startswith("compress_ratios in config.json has 9 numbers for 6 layers; the last 3 belong")
     assert "I64 and written as I32" in narrowed
     assert "3 x model.layers.{0..2}.ffn.gate.tid2eid" in narrowed

@@ -103,18 +103,26 @@ def test_the_record_says_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert note.endswith("4 x model.layers.{0..3}.self_attn.kv_b_proj")
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_where_none_is_missing_the_option_changes_nothing(has: bool, tmp_path: Path) -> None:
-    # Where no tensor has biases, all are zero: that is a quantization of its own.
+def test_where_none_is_missing_the_option_changes_nothing(tmp_path: Path) -> None:
     packed(tmp_path / "source")
     found = open_checkpoint(tmp_path / "source")
-    held = {name: entry for name, entry in found.tensors.items() if has or not name.endswith(".biases")}
-    found = replace(found, tensors=held)
     plan, plain = (make_plan(found, Options(missing_biases=value)) for value in ("zero", None))  # type: ignore[arg-type]
     assert [note for note in plan.notes if note not in plain.notes] == [
-        "--missing-biases has no effect: no tensor lacks biases while others have some"
+        "--missing-biases has no effect: no affine tensor lacks biases"
     ]
     assert plan.steps == plain.steps
+
+
+def test_where_all_are_missing_the_option_is_asked_for(tmp_path: Path) -> None:
+    packed(tmp_path / "source")
+    found = open_checkpoint(tmp_path / "source")
+    held = {name: entry for name, entry in found.tensors.items() if not name.endswith(".biases")}
+    found = replace(found, tensors=held)
+    with pytest.raises(CheckpointError, match="If zeros are meant: --missing-biases zero"):
+        make_plan(found, Options())
+    assert any(
+        "(--missing-biases)" in note for note in make_plan(found, Options(missing_biases="zero")).notes
+    )
 
 
 def test_a_global_scale_is_missed_all_the_same() -> None:

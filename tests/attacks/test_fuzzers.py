@@ -63,7 +63,7 @@ def test_every_moment_of_an_output_can_be_acted_on() -> None:
 
 
 if ATHERIS:
-    SHORT = {"fuzz_headers.py": 5000, "fuzz_plans.py": 200, "fuzz_outputs.py": 300}
+    SHORT = {"fuzz_headers.py": 5000, "fuzz_plans.py": 200, "fuzz_outputs.py": 350}
     LONGER = [
         pytest.param(fuzzer, 4 * runs, id=f"{fuzzer}-longer", marks=ONLY_IN_ALL)
         for fuzzer, runs in SHORT.items()
