@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ class Opens:
 def unopened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Open no tokenizer in a conversion of this process; test_verify_tokenizer.py puts the check back."""
     monkeypatch.setattr("mla_tools.verify.TokenizerCheck", Opens)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Give each test the same random numbers of MLX, and none a state that a thread of another one has left.
+
+    To evaluate such a state, whose stream is gone, ends the process.
+    """
+    if mlx := sys.modules.get("mlx.core"):
+        mlx.random.seed(0)
 
 
 @pytest.fixture
