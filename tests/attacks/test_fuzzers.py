@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_every_moment_of_an_output_can_be_acted_on() -> None:
 
 
 if ATHERIS:
-    SHORT = {"fuzz_headers.py": 5000, "fuzz_plans.py": 200, "fuzz_outputs.py": 350}
+    SHORT = {"fuzz_headers.py": 4000, "fuzz_plans.py": 200, "fuzz_outputs.py": 300}
     LONGER = [
         pytest.param(fuzzer, 4 * runs, id=f"{fuzzer}-longer", marks=ONLY_IN_ALL)
         for fuzzer, runs in SHORT.items()
@@ -82,4 +83,6 @@ if ATHERIS:
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stdout + done.stderr[-10_000:]
-        assert f"Done {runs} runs" in done.stderr
+        # All seeds are run, also where they are more.
+        (made,) = re.findall(r"Done (\d+) runs", done.stderr)
+        assert int(made) >= runs
