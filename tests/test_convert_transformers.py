@@ -374,6 +374,8 @@ UNLIKE = [
     pytest.param({"attention_factor": 1.7}, [], id="attention_factor"),
     pytest.param({}, ["mscale"], id="mscale_all_dim alone"),
     pytest.param({"truncate": False}, [], id="truncate"),
+    pytest.param({"mscale": 10**400}, [], id="too large"),
+    pytest.param({"factor": 2.718281828459045, "mscale_all_dim": -10}, [], id="divides by zero"),
 ]
 
 
@@ -393,6 +395,8 @@ def test_what_a_rope_says_twice_is_what_transformers_reads() -> None:
     yarn = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
     inner = plan_of("deepseek_v3", {**config, "rope_scaling": {**yarn, "rope_theta": 5e5}}).config
     assert (inner["rope_theta"], inner["rope_scaling"]) == (5e5, yarn)
+    nested = {**sample_config("glm_moe_dsa"), "rope_parameters": {**yarn, "rope_type": "default"}}
+    assert "type" not in plan_of("glm_moe_dsa", nested).config["rope_parameters"]
     newer = plan_of("deepseek_v3", {**config, "rope_scaling": {**yarn, "rope_type": "default"}}).config
     assert (newer["rope_theta"], newer["rope_scaling"]) == (1e4, None)
 

@@ -31,10 +31,11 @@ Domain = range | frozenset[int]
 
 _FIELD = re.compile(r"\.\{(\w+)\}(?=\.|\Z)")
 
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
+
 # Splits a name into its words and its numbers: "a.3.b.17" -> ["a", "3", ".b", "17", ""].
 # Only whole dotted components count, so "q_conv1d" stays a word, and only numbers as they are written
 # out: "01" is a word, or two names would stand for one place, and so is what no int should be made of.
-_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 NUMBER = re.compile(rf"\.({_INDEX.pattern})(?=\.|\Z)")
 
 # Names with more indices than this are not folded: no model has them, and each costs a level of recursion.

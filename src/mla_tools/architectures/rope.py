@@ -25,12 +25,19 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     """Return rope_theta and rope_scaling in one, however a config writes them.
 
     As transformers 5 reads both forms: rope_scaling goes before rope_parameters, and a rope_theta
-    in either before the one beside them.
+    in either before the one beside them; rope_type before type.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters")
     found = dict(given) if isinstance(given, Mapping) else {}
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if _differ(found):
+        del found["type"]  # mlx-lm would look at it first
     return found
+
+
+def _differ(rope: Config) -> bool:
+    """Whether the old and the new name of the kind of rope say different things."""
+    return "rope_type" in rope and rope.get("type", rope["rope_type"]) != rope["rope_type"]
 
 
 def rope_type(rope: Config) -> object:
@@ -91,17 +98,24 @@ def unlike_in_rope(config: Config) -> list[Problem]:
     given = {key: rope[key] for key in keys if rope.get(key) is not None}
     if not all(isinstance(value, (int, float)) for value in given.values()) or "factor" not in given:
         return problems  # `lacking_in_rope` says so, or a number is none
-    factor, mscale, all_dim = given["factor"], given.get("mscale"), given.get("mscale_all_dim")
-    theirs = _mscale(factor, 1 if mscale is None else mscale) / _mscale(factor, all_dim or 0)
-    if mscale and all_dim:
-        reference = _mscale(factor, mscale) / _mscale(factor, all_dim)
-    else:
-        reference = _mscale(factor, 1)
-    reference = given.get("attention_factor", reference)
+    said = ", ".join(f"{key} {clipped(value)}" for key, value in given.items())
+    try:
+        theirs, reference = _attention_factors({key: float(value) for key, value in given.items()})
+    except (OverflowError, ZeroDivisionError):
+        problem("numbers that yarn can be computed with", said)
+        return problems
+    # Both are computed in float64, by other steps.
     if not math.isclose(theirs, reference, rel_tol=1e-6):
-        said = ", ".join(f"{key} {clipped(value)}" for key, value in given.items())
         problem(f"an attention factor of {theirs:.6g}, which mlx-lm takes", f"{reference:.6g} ({said})")
     return problems
+
+
+def _attention_factors(yarn: Mapping[str, float]) -> tuple[float, float]:
+    """Return the attention factor that mlx-lm takes, and that of transformers."""
+    factor, mscale, all_dim = yarn["factor"], yarn.get("mscale"), yarn.get("mscale_all_dim")
+    theirs = _mscale(factor, 1 if mscale is None else mscale) / _mscale(factor, all_dim or 0)
+    reference = theirs if mscale and all_dim else _mscale(factor, 1)
+    return theirs, yarn.get("attention_factor", reference)
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -116,13 +130,9 @@ def nested_rope(config: Config) -> dict[str, Any]:
 def flat_rope(config: Config) -> dict[str, Any]:
     """Return the rewritten keys for a class of mlx-lm that reads rope_theta and rope_scaling alone."""
     given = config.get("rope_scaling")
-    usual = not isinstance(given, Mapping) or not (
-        "rope_theta" in given or {"type", "rope_type"} <= given.keys()
-    )
+    usual = not isinstance(given, Mapping) or not ("rope_theta" in given or _differ(given))
     if config.get("rope_parameters") is None and usual:
         return {}
     found = rope_parameters(config)
     theta = found.pop("rope_theta")
-    if "rope_type" in found:
-        found.pop("type", None)  # mlx-lm would look at that first
     return {"rope_theta": theta, "rope_scaling": None if rope_type(found) == "default" else found}

@@ -32,8 +32,12 @@ NO_TOKENIZER = "There is no tokenizer beside the weights, and mlx_lm.generate ne
 _SECONDS = 60.0
 
 # A few bytes of a tokenizer.json can ask for any amount of memory: more than this on top of what the
-# libraries take is refused. macOS has no such limit.
+# libraries take is refused. macOS takes such a limit and does not keep it: there, time alone ends it.
 _MEMORY = 2 << 30
+
+
+# Of a repository, files up to this are fetched for the check: no tokenizer's file is larger.
+_MOST = 256 << 20
 
 
 def has_tokenizer(names: Iterable[str]) -> bool:
@@ -102,10 +106,15 @@ def _lay(folder: Path, config: Mapping[str, Any], companions: Iterable[Planned])
         if isinstance(each.file, LocalFile):
             path.symlink_to(each.file.path.absolute())
             continue
+        if each.size > _MOST:
+            continue
         try:
             opened = each.file.open()
-            with path.open("wb") as file:
-                file.writelines(pieces(opened, opened.size))
+            try:
+                with path.open("wb") as file:
+                    file.writelines(pieces(opened, opened.size))
+            finally:
+                opened.close()
         except MlaToolsError as error:
             raise UnansweredError(str(error)) from error
 
